@@ -1,0 +1,93 @@
+"""Does fp16 accumulation round to nearest here, and does it pay? (`gemm: fp16acc`)
+
+GeForce cards run fp16 products with fp16 sums at twice the bf16 rate. Whether that is usable
+depends on how the unit rounds its sums: to nearest, the error is in the class of bf16's; by
+truncation it is 5-16 %. Rows are scaled by a power of two to a largest magnitude of 8, as a
+training kernel would do it. Gate: error within twice bf16's, else no speed; 1.35x to be worth it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from gpu_bench import Bench, Case, Check
+from gpu_rows import Measure, Part, absent, figure
+
+PART = Part("fp16acc", 1, "fp16 sums: rounded to nearest, and how fast against bf16?")
+SHAPES = ((4096, 4096, 4096), (4096, 28672, 4096), (4096, 4096, 14336))  # T, N, K
+ROW_MAX = 8.0
+
+
+def cases(bench: Bench) -> Iterator[Case]:
+    """Three linears of a 7B at 4096 tokens; plain inputs and inputs with four loud channels."""
+    for tokens, outputs, inputs in bench.pick(SHAPES, ((16, 32, 128),)):
+        for channels in ("plain", "outliers"):
+            shape = {"tokens": tokens, "outputs": outputs, "inputs": inputs, "channels": channels}
+            yield Case(shape, lambda s=shape: _measure(bench, s))
+
+
+def scale_rows(x_TK: torch.Tensor) -> torch.Tensor:
+    """fp16 rows whose largest magnitude is in (4, 8], by powers of two: no digit is lost."""
+    largest_T1 = x_TK.abs().amax(dim=1, keepdim=True).float()
+    return (x_TK.float() * torch.exp2(torch.floor(torch.log2(ROW_MAX / largest_T1)))).half()
+
+
+def _set_fp16_sums(enabled: bool | str) -> bool | str:
+    previous = torch.backends.cuda.matmul.allow_fp16_accumulation
+    torch.backends.cuda.matmul.allow_fp16_accumulation = enabled
+    return previous
+
+
+def _with_fp16_sums(x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+    previous = _set_fp16_sums(True)
+    try:
+        return x_TK @ weight_NK.T
+    finally:
+        _set_fp16_sums(previous)
+
+
+def _error(out_TN: torch.Tensor, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> float:
+    truth = x_TK.double() @ weight_NK.double().T
+    return float((out_TN.double() - truth).norm() / truth.norm())
+
+
+def _bias(bench: Bench, inputs: int) -> Measure:
+    """Signed error of all-positive sums: near 0 when rounded to nearest, negative if truncated."""
+    x, weight = (bench.randn(64, inputs, dtype=torch.float16).abs() / 8 for _ in range(2))
+    truth = x.double() @ weight.double().T
+    bias = float(((_with_fp16_sums(x, weight).double() - truth) / truth).mean())
+    return figure("bias_of_positive_sums", "%", 100 * bias)
+
+
+def _measure(bench: Bench, shape: dict[str, Any]) -> Iterator[Measure]:
+    if not hasattr(torch.backends.cuda.matmul, "allow_fp16_accumulation"):
+        yield absent("fp16_fp16_sums", f"torch {torch.__version__} has no such switch")
+        return
+    tokens, outputs, inputs = (shape[key] for key in ("tokens", "outputs", "inputs"))
+    x_TK = bench.randn(tokens, inputs)
+    if shape["channels"] == "outliers":
+        x_TK[:, :4] *= 30
+    weight_NK = bench.randn(outputs, inputs, std=0.02)
+    x16, weight16 = scale_rows(x_TK), weight_NK.half()
+    rows = slice(0, 64)
+    exact = _error((x_TK @ weight_NK.T)[rows], x_TK[rows], weight_NK)
+    fp16 = _error((x16 @ weight16.T)[rows], x16[rows], weight16)
+    check = Check(_error(_with_fp16_sums(x16, weight16)[rows], x16[rows], weight16), 2 * exact)
+    yield figure("relative_error_bf16", "1", exact)
+    yield figure("relative_error_fp16", "1", fp16)
+    yield _bias(bench, inputs)
+    variants = {"bf16": lambda: x_TK @ weight_NK.T, "fp16": lambda: x16 @ weight16.T}
+    if check.is_right:
+        yield check.measure("relative_error_fp16_fp16_sums")
+        variants["fp16_fp16_sums"] = lambda: _with_fp16_sums(x16, weight16)
+    else:
+        # A card that truncates is an answer (the mode is refused there), not a broken suite.
+        reason = f"refused: error {check.error:.3e} > {check.bound:.3e}, twice bf16's"
+        yield absent("fp16_fp16_sums", reason)
+    timings = bench.race(variants)
+    for name, timing in timings.items():
+        ratio = timings["bf16"].p50_ms / timing.p50_ms
+        flops = 2 * tokens * outputs * inputs
+        yield bench.speed(name, timing, flops=flops, times_bf16_speed=ratio)

@@ -1,0 +1,247 @@
+"""The folded model is what PEFT computed in training, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zephyr_lite.errors import DataError, RecipeError, StorageError
+from zephyr_lite.export.fold import FoldedModel
+
+IDS = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(3))
+Build = Callable[[FoldedModel], torch.nn.Module]
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """A copy a test may spoil."""
+    return Path(shutil.copytree(source, folder))
+
+
+def edit_config(folder: Path, **fields: Any) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return folder
+
+
+def edit_tensors(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], None], name: str = "adapter_model"
+) -> Path:
+    path = folder / f"{name}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def logits_of(build: Build, base: Path, adapter: Path | None) -> torch.Tensor:
+    with torch.no_grad():
+        return build(FoldedModel(base, adapter))(IDS).logits
+
+
+def test_plain_base_is_reproduced_bit_for_bit(plain_base: Path) -> None:
+    folded = FoldedModel(plain_base, None)
+    stored: dict[str, torch.Tensor] = {}
+    for path in plain_base.glob("*.safetensors"):
+        stored |= load_file(path)
+    assert set(folded.names()) == set(stored)
+    for name in folded.names():
+        assert folded.shape(name) == tuple(stored[name].shape)
+        assert torch.equal(folded.tensor(name), stored[name])
+
+
+def test_order_is_embedding_layers_norm_head(plain_base: Path) -> None:
+    names = FoldedModel(plain_base, None).names()
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[1:4] == [
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.k_proj.weight",
+    ]
+    assert names[9] == "model.layers.0.mlp.down_proj.weight"
+    assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
+
+
+def test_folded_nf4_equals_stock_peft(
+    nf4_base: Path, adapter: Path, folded_model: Build, peft_logits: Callable[..., torch.Tensor]
+) -> None:
+    ours, theirs = logits_of(folded_model, nf4_base, adapter), peft_logits(nf4_base, adapter, IDS)
+    assert (ours - theirs).abs().max() < 1e-5
+    without = logits_of(folded_model, nf4_base, None)
+    assert (without - theirs).abs().max() > 0.1  # the adapter is big enough to be seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"layers.1.mlp.up_proj": 40, "k_.*": 1}},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj", "down_proj", "lm_head"]},
+    ],
+    ids=["rslora", "patterns", "modules_to_save", "head"],
+)
+def test_variants_equal_stock_peft(
+    options: dict[str, Any],
+    plain_base: Path,
+    make_adapter: Callable[..., Path],
+    folded_model: Build,
+    peft_logits: Callable[..., torch.Tensor],
+) -> None:
+    adapter = make_adapter(plain_base, **options)
+    ours, theirs = (
+        logits_of(folded_model, plain_base, adapter),
+        peft_logits(plain_base, adapter, IDS),
+    )
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj"]], ids=["head", "inside"])
+def test_tied_embeddings(
+    targets: list[str],
+    tied_base: Path,
+    make_adapter: Callable[..., Path],
+    folded_model: Build,
+    peft_logits: Callable[..., torch.Tensor],
+) -> None:
+    adapter = make_adapter(tied_base, target_modules=targets)
+    folded = FoldedModel(tied_base, adapter)
+    assert ("lm_head.weight" in folded.names()) == ("lm_head" in targets)
+    assert folded.config["tie_word_embeddings"] == ("lm_head" not in targets)
+    ours, theirs = logits_of(folded_model, tied_base, adapter), peft_logits(tied_base, adapter, IDS)
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_dequantised_weights_are_rounded_to_the_training_dtype(nf4_bf16_base: Path) -> None:
+    folded = FoldedModel(nf4_bf16_base, None)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = folded.tensor(name)
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, weight.to(torch.bfloat16).float())
+    assert folded.shape(name) == tuple(weight.shape) == (256, 448)
+    assert "quantization_config" not in folded.config
+
+
+def test_a_leftover_tensor_is_named(plain_base: Path, adapter: Path, tmp_path: Path) -> None:
+    spoilt = copied(adapter, tmp_path / "a")
+    key = "base_model.model.model.layers.0.self_attn.q_norm.weight"
+    edit_tensors(spoilt, lambda t: t.update({key: torch.ones(4)}))
+    with pytest.raises(DataError, match=r"1 adapter tensors fit nothing.*q_norm"):
+        FoldedModel(plain_base, spoilt)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{Q0}.lora_B.weight"), "lora_B.weight is missing"),
+        (lambda t: t.pop(f"{Q0}.lora_A.weight"), "q_proj.lora_B"),
+        (lambda t: t.update({f"{Q0}.lora_A.weight": torch.zeros(8, 255)}), "q_proj.*base has"),
+        (lambda t: t.update({f"{Q0}.lora_A.weight": torch.zeros(4, 256)}), "rank 8"),
+        (lambda t: [t.pop(k) for k in list(t) if "layers.1" in k], "targets model.layers.1"),
+        (lambda t: t.clear(), "holds no tensors"),
+    ],
+    ids=["no B", "no A", "shape", "rank", "truncated", "empty"],
+)
+def test_damaged_adapters_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], Any],
+    message: str,
+    plain_base: Path,
+    adapter: Path,
+    tmp_path: Path,
+) -> None:
+    spoilt = edit_tensors(copied(adapter, tmp_path / "a"), change)
+    with pytest.raises(DataError, match=message):
+        FoldedModel(plain_base, spoilt)
+
+
+def test_the_wrong_base_is_refused(tied_base: Path, adapter: Path) -> None:
+    with pytest.raises(DataError, match=r"model.layers.0.self_attn.\w+.weight: the adapter is for"):
+        FoldedModel(tied_base, adapter)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"fan_in_fan_out": True},
+        {"peft_type": "LOHA"},
+        {"init_lora_weights": "pissa"},
+        {"trainable_token_indices": [5]},
+        {"a_switch_of_next_year": True},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_variants_that_mean_something_else_are_refused_by_name(
+    fields: dict[str, Any], plain_base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    spoilt = edit_config(copied(adapter, tmp_path / "a"), **fields)
+    with pytest.raises(RecipeError, match=next(iter(fields))):
+        FoldedModel(plain_base, spoilt)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(
+    value: float, plain_base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    key = f"{Q0}.lora_B.weight"
+    spoilt = edit_tensors(copied(adapter, tmp_path / "a"), lambda t: t[key][0, :1].fill_(value))
+    folded = FoldedModel(plain_base, spoilt)
+    folded.tensor("model.layers.0.self_attn.k_proj.weight")
+    with pytest.raises(DataError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight holds NaN"):
+        folded.tensor("model.layers.0.self_attn.q_proj.weight")
+
+
+def test_pickles_and_code_are_refused(plain_base: Path, adapter: Path, tmp_path: Path) -> None:
+    pickled = copied(adapter, tmp_path / "a")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    with pytest.raises(StorageError, match="no adapter_model.safetensors"):
+        FoldedModel(plain_base, pickled)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "pytest_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(StorageError, match=r"only pytest_model\.bin"):
+        FoldedModel(base, None)
+    (base / "config.json").write_text('{"auto_map": {"AutoModel": "x.Y"}}')
+    with pytest.raises(RecipeError, match="auto_map"):
+        FoldedModel(base, None)
+
+
+def test_other_quantisations_and_dtypes_are_refused(plain_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(
+        {"model.embed_tokens.weight": torch.zeros(2, 2, dtype=torch.int8)},
+        base / "model.safetensors",
+    )
+    (base / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(RecipeError, match="gptq"):
+        FoldedModel(base, None)
+    (base / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"embed_tokens\.weight has dtype I8"):
+        FoldedModel(base, None)
+
+
+def test_an_index_cannot_leave_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    index = {"weight_map": {"model.embed_tokens.weight": "../other/model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="outside its folder"):
+        FoldedModel(tmp_path, None)
+
+
+def test_a_damaged_file_is_a_storage_error(plain_base: Path, tmp_path: Path) -> None:
+    base = copied(plain_base, tmp_path / "base")
+    shard = sorted(base.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(StorageError, match=shard.name):
+        FoldedModel(base, None)

@@ -1,0 +1,1 @@
+"""Data: rows become dialogues and preference pairs, and those become token ids."""

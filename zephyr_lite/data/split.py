@@ -1,0 +1,32 @@
+"""Holding rows out: by hash of the first user message, so that one prompt never falls on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def hold_out(
+    items: Sequence[Item], fraction: float, prompt: Callable[[Item], Sequence[Mapping[str, str]]]
+) -> tuple[list[Item], list[Item]]:
+    """(train, held out): held out is where the prompt's hash falls below `fraction` of its range.
+
+    Args:
+        prompt: the messages of an item; the first user message decides, case and spacing aside.
+    """
+    sides: tuple[list[Item], list[Item]] = ([], [])
+    for item in items:
+        sides[_place(prompt(item)) < fraction].append(item)
+    return sides
+
+
+def _place(messages: Sequence[Mapping[str, str]]) -> float:
+    """A number in [0, 1) that depends on the first user message only."""
+    first = next((m["content"] for m in messages if m["role"] == "user"), "")
+    text = re.sub(r"\W+", " ", unicodedata.normalize("NFKC", first).lower()).strip()
+    return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13

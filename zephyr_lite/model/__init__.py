@@ -1,0 +1,1 @@
+"""The model: base, adapters, attention over the layout, the head. Tensors live here."""

@@ -1,0 +1,118 @@
+"""A policy: base, adapters, engine and head together. What `train` and `evaluate` talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from zephyr_lite.data.layout import Layout, document_layout
+from zephyr_lite.errors import MachineError
+from zephyr_lite.model.adapters import activate, set_dropout, trainable_tensors
+from zephyr_lite.model.attention import DeviceLayout, to_device
+from zephyr_lite.model.engines import HfEngine
+from zephyr_lite.model.head import log_probs, logits_of, reference_log_probs
+from zephyr_lite.recipe import Memory
+
+
+@dataclass
+class Policy:
+    """A model that gives log-probs of a layout's scored tokens.
+
+    model: a PeftModel, or a bare causal LM whose own weights train (pre-training).
+    adapter: name of the adapter that trains; None when the base itself does or nothing does.
+    """
+
+    model: Any
+    engine: HfEngine
+    head_VD: torch.Tensor
+    device: torch.device
+    dtype: torch.dtype
+    adapter: str | None
+    chunk_rows: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return self.head_VD.shape[0]
+
+    @property
+    def max_positions(self) -> int:
+        """Context length that the base was trained for, tokens."""
+        return int(self.engine.decoder.config.max_position_embeddings)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Name -> parameter of everything that trains; all fp32."""
+        return trainable_tensors(self.model)
+
+    def use(self, adapters: Sequence[str], trainable: str | None = None) -> None:
+        """Choose the adapters of the forward and the one that trains."""
+        activate(self.model, adapters, trainable)
+        self.adapter = trainable
+
+    def log_probs(self, layout: Layout, *, training: bool = False) -> torch.Tensor:
+        """logp_N of a layout's scored tokens, fp32 nats; with gradient when `training`."""
+        moved = to_device(layout, self.device)
+        set_dropout(self.model, self.adapter if training else None)
+        with torch.set_grad_enabled(training), self.autocast():
+            return self._log_probs(moved)
+
+    def sequence_log_probs(self, layout: Layout, *, training: bool = False) -> torch.Tensor:
+        """Summed log-probs per sequence of the layout, fp32 nats."""
+        logp_N = self.log_probs(layout, training=training)
+        index = torch.from_numpy(layout.sequence_N).to(self.device)
+        return sum_by_sequence(logp_N, index, layout.n_sequences)
+
+    def next_token_log_probs(self, ids: Sequence[int]) -> torch.Tensor:
+        """Log-probs [len(ids), V] of the token after each position, fp32: what an export must equal."""
+        document = (np.array(ids, np.int64), np.zeros(len(ids), bool))
+        layout = to_device(document_layout([document]), self.device)
+        set_dropout(self.model, None)
+        with torch.no_grad(), self.autocast():
+            hidden_TD = self.engine.hidden(layout)
+        with torch.no_grad():
+            return logits_of(hidden_TD, self.head_VD).log_softmax(-1)
+
+    def _log_probs(self, layout: DeviceLayout) -> torch.Tensor:
+        hidden_ND = self.engine.hidden(layout)[layout.rows_N]
+        if self.head_VD.requires_grad:  # pre-training: the head learns too
+            return reference_log_probs(hidden_ND, self.head_VD, layout.targets_N)
+        with torch.autocast(self.device.type, enabled=False):
+            return log_probs(hidden_ND, self.head_VD, layout.targets_N, chunk_rows=self.chunk_rows)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 products over fp32 masters, as the recipe was trained."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def make_policy(
+    model: Any, dtype: torch.dtype, device: torch.device, memory: Memory, self_test: bool = True
+) -> Policy:
+    """Put an engine and a head on a model, and prove the engine on it.
+
+    Raises: MachineError when the model's head cannot be taken as a plain matrix.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = causal_lm.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise MachineError(f"{type(causal_lm).__name__}: the head is not a matrix without bias")
+    engine = HfEngine(model, checkpointing=memory.checkpointing == "full")
+    policy = Policy(model, engine, head.weight, device, dtype, None, memory.head_rows)
+    if self_test:
+        with policy.autocast():
+            engine.self_test(policy.vocab_size, device)
+    return policy
+
+
+def sum_by_sequence(
+    value_N: torch.Tensor, sequence_N: torch.Tensor, n_sequences: int
+) -> torch.Tensor:
+    """Sum of per-token values in each sequence, in the values' dtype."""
+    zeros = torch.zeros(n_sequences, dtype=value_N.dtype, device=value_N.device)
+    return zeros.index_add(0, sequence_N, value_N)

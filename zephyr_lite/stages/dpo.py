@@ -1,0 +1,197 @@
+"""dDPO: direct preference optimisation of an adapter over the frozen SFT model.
+
+    pairs + reference log-probs -> audit -> loop -> dpo/adapter, dpo/eval.json
+
+What `dpo/adapter` holds is one PEFT adapter relative to the *original* base: the frozen SFT adapter
+and the trained one as a single adapter of rank r1 + r2, exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zephyr_lite.data.chat import template_hash
+from zephyr_lite.data.encoded import EncodedPair
+from zephyr_lite.data.reference_cache import ReferenceLogProbs
+from zephyr_lite.errors import VerificationError
+from zephyr_lite.evaluate.preferences import log_prob_figures, pair_log_probs, preference_figures
+from zephyr_lite.model.adapters import add_adapter, load_adapter, save_adapter
+from zephyr_lite.model.policy import Policy
+from zephyr_lite.recipe import Dpo
+from zephyr_lite.stages import reference, sft
+from zephyr_lite.stages.context import Context
+from zephyr_lite.stages.reference import EncodedPairs
+from zephyr_lite.storage import open_sealed, seal_digest, sealed_folder
+from zephyr_lite.train.loop import Job
+from zephyr_lite.train.objectives import Preference
+
+ADAPTER = "dpo"
+AUDIT_PAIRS = 64
+# Cache check: stored against fresh log-probs. fp32: nats a branch. bf16: other micro-batching alone
+# moves a branch by about 0.03 nats, so there the mean per token and the mean margin are held.
+FP32_NATS, BF16_NATS_PER_TOKEN, MARGIN_ERRORS = 1e-3, 2e-3, 3.0
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Adapters of a policy: `frozen` is also what the reference was computed with."""
+
+    policy: Policy
+    frozen: list[str]
+    saved: list[str]
+
+    def train(self) -> None:
+        """Everything in the forward, the DPO adapter trainable."""
+        self.policy.use(self.saved, ADAPTER)
+
+
+def run(ctx: Context) -> None:
+    """Train the DPO adapter unless that was done before."""
+    settings = ctx.recipe.dpo
+    if settings is None:
+        return
+    reference.run(ctx)
+    inputs = {
+        "recipe": ctx.run.fields("seed", "base", "dpo", "engine"),
+        "reference": ctx.run.output("reference", "set_key"),
+        "pairs": ctx.run.output("aif", "pairs"),
+        "sft": sft.adapter_digest(ctx.run),
+        "template": template_hash(),
+    }
+    if ctx.run.is_done("dpo", inputs):
+        open_sealed(ctx.run.path("dpo", "adapter"))
+        return
+    with ctx.stage("dpo", inputs) as record:
+        train, held_out = reference.encode(ctx, "train"), reference.encode(ctx, "eval")
+        train_reference = reference.stored(ctx, train.keys)
+        eval_reference = reference.stored(ctx, held_out.keys)
+        stack = _load(ctx, settings)
+        if not ctx.run.path("dpo", "checkpoints").exists():
+            record |= {"audit": _audit(ctx, stack, settings, train, train_reference)}
+        stack.train()
+        job = _job(ctx, stack.policy, settings, train, train_reference, held_out, eval_reference)
+        figures = job.run()
+        with sealed_folder(ctx.run.path("dpo", "adapter")) as part:
+            save_adapter(stack.policy.model, stack.saved, part, ctx.recipe.base.model)
+        ctx.write({"sft": _parent(eval_reference), "dpo": figures}, "dpo", "eval.json")
+        record |= {"adapter": seal_digest(ctx.run.path("dpo", "adapter")), "figures": figures}
+    job.checkpoints().remove()
+
+
+def _load(ctx: Context, settings: Dpo) -> _Stack:
+    """Base with the SFT adapter frozen and a new one over it, or with the SFT adapter to go on."""
+    model: Any = ctx.load_model()
+    parent = ctx.run.path("sft", "adapter")
+    if ctx.recipe.sft and settings.adapter == "continue":
+        model = load_adapter(model, sft.ADAPTER, parent)
+        model = load_adapter(model, ADAPTER, parent)
+        return _Stack(ctx.policy(model), [sft.ADAPTER], [ADAPTER])
+    frozen = []
+    if ctx.recipe.sft:
+        model, frozen = load_adapter(model, sft.ADAPTER, parent), [sft.ADAPTER]
+    model = add_adapter(model, ADAPTER, settings.lora, ctx.recipe.seed + 1)
+    return _Stack(ctx.policy(model), frozen, [*frozen, ADAPTER])
+
+
+def _job(
+    ctx: Context,
+    policy: Policy,
+    settings: Dpo,
+    train: EncodedPairs,
+    train_reference: ReferenceLogProbs,
+    held_out: EncodedPairs,
+    eval_reference: ReferenceLogProbs,
+) -> Job:
+    budget = ctx.recipe.memory.tokens_per_micro_batch
+
+    def evaluate() -> dict[str, float]:
+        if not held_out.pairs:
+            return {}
+        chosen_P, rejected_P = pair_log_probs(policy, held_out.pairs, budget)
+        return preference_figures(settings, chosen_P, rejected_P, eval_reference)
+
+    return Job(
+        label="dpo",
+        policy=policy,
+        objective=Preference(train.pairs, train.ids, train_reference, settings, budget),
+        settings=settings,
+        folder=ctx.run.path("dpo"),
+        seed=ctx.recipe.seed,
+        listener=ctx.listener,
+        stop=ctx.stop,
+        evaluate=evaluate,
+    )
+
+
+def _parent(reference_figures: ReferenceLogProbs) -> dict[str, float]:
+    """The SFT model's own figures on the held-out pairs: its log-probs are the reference's."""
+    if not len(reference_figures.chosen_P):
+        return {}
+    return log_prob_figures(reference_figures.chosen_P, reference_figures.rejected_P)
+
+
+def _audit(
+    ctx: Context, stack: _Stack, settings: Dpo, train: EncodedPairs, stored: ReferenceLogProbs
+) -> dict[str, float]:
+    """Two checks before the first step, never mixed.
+
+    Wiring: with a fresh adapter the policy equals the reference bit for bit when both are computed
+    in the same micro-batches, so the loss is ln 2. Cache: stored log-probs equal fresh ones.
+
+    Raises: VerificationError (exit 7) when either fails.
+    """
+    n = min(AUDIT_PAIRS, len(train.pairs))
+    chosen = np.linspace(0, len(train.pairs) - 1, n).astype(int).tolist()
+    pairs: list[EncodedPair] = [train.pairs[i] for i in chosen]
+    budget = ctx.recipe.memory.tokens_per_micro_batch
+    stack.policy.use(stack.frozen)
+    fresh_chosen_P, fresh_rejected_P = pair_log_probs(stack.policy, pairs, budget)
+    stack.train()
+    policy_chosen_P, policy_rejected_P = pair_log_probs(stack.policy, pairs, budget)
+    fresh = ReferenceLogProbs(
+        fresh_chosen_P, fresh_rejected_P, stored.chosen_len_P[chosen], stored.rejected_len_P[chosen]
+    )
+    figures = preference_figures(settings, policy_chosen_P, policy_rejected_P, fresh)
+    wiring = max(
+        np.abs(policy_chosen_P - fresh_chosen_P).max(),
+        np.abs(policy_rejected_P - fresh_rejected_P).max(),
+    )
+    audit = {"pairs": n, "loss": figures["eval_loss"], "wiring_nats": float(wiring)}
+    if wiring != 0:
+        raise VerificationError(
+            f"step-0 audit: policy and reference differ by {wiring:.3g} nats before any step",
+            hint="a fresh adapter must change nothing: this is a bug, please report it",
+        )
+    if settings.loss == "sigmoid" and settings.sft_weight == 0:
+        audit["loss_minus_ln2"] = figures["eval_loss"] - math.log(2)
+    return audit | _check_cache(ctx, fresh, stored, chosen)
+
+
+def _check_cache(
+    ctx: Context, fresh: ReferenceLogProbs, stored: ReferenceLogProbs, chosen: list[int]
+) -> dict[str, float]:
+    """Compare stored with fresh log-probs on the audit pairs; the figures."""
+    off_chosen_P = stored.chosen_P[chosen] - fresh.chosen_P
+    off_rejected_P = stored.rejected_P[chosen] - fresh.rejected_P
+    worst = float(max(np.abs(off_chosen_P).max(), np.abs(off_rejected_P).max()))
+    tokens = fresh.chosen_len_P.sum() + fresh.rejected_len_P.sum()
+    per_token = float((np.abs(off_chosen_P).sum() + np.abs(off_rejected_P).sum()) / tokens)
+    margin_P = off_chosen_P - off_rejected_P
+    error = float(margin_P.std(ddof=1) / math.sqrt(len(margin_P))) if len(margin_P) > 1 else 0.0
+    biased = abs(float(margin_P.mean())) > MARGIN_ERRORS * error and error > 0
+    exact = str(ctx.dtype) == "torch.float32"
+    if worst > FP32_NATS if exact else per_token > BF16_NATS_PER_TOKEN or biased:
+        raise VerificationError(
+            f"reference cache: stored log-probs are off by up to {worst:.3g} nats "
+            f"({per_token:.3g} a token)",
+            hint=f"remove {ctx.run.output('reference', 'set_key')} from the reference cache",
+        )
+    return {
+        "cache_worst_nats": worst,
+        "cache_nats_per_token": per_token,
+        "cache_margin_nats": float(margin_P.mean()),
+    }

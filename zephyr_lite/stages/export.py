@@ -1,0 +1,233 @@
+"""Export: the adapter folded into the base's own NF4 values, written as GGUF, loaded and checked.
+
+base bytes + one fp32 sum of the adapter -> GGUF -> llama.cpp -> export/report.json
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from zephyr_lite.data.chat import ZEPHYR_TEMPLATE, render, template_hash
+from zephyr_lite.data.dialogues import load_dialogues
+from zephyr_lite.data.sources import read_rows
+from zephyr_lite.errors import DataError, RecipeError
+from zephyr_lite.export.fold import FoldedModel
+from zephyr_lite.export.gguf import write_gguf
+from zephyr_lite.export.llama_cpp import LlamaCppModel
+from zephyr_lite.export.ollama import modelfile
+from zephyr_lite.export.safetensors import write_merged
+from zephyr_lite.export.verify import ExportMismatch, verify_gguf
+from zephyr_lite.model.adapters import load_adapter
+from zephyr_lite.model.policy import Policy
+from zephyr_lite.stages import aif
+from zephyr_lite.stages.context import Context
+from zephyr_lite.storage import file_digest, seal_digest, write_json
+
+ANSWER_TOKENS = 96
+Messages = list[dict[str, str]]
+
+
+def run(ctx: Context, stage: str | None = None) -> None:
+    """Write and check every file of the recipe's `export` section unless that was done before.
+
+    Args:
+        stage: whose adapter to export, `dpo` or `sft`; by default the last one trained.
+    """
+    stage = final_stage(ctx, stage)
+    settings = ctx.recipe.export
+    inputs = {
+        "recipe": ctx.run.fields("export"),
+        "stage": stage,
+        "adapter": seal_digest(ctx.run.path(stage, "adapter")),
+        "base": ctx.base.sha256,
+        "template": template_hash(),
+    }
+    if ctx.run.is_done("export", inputs) and _intact(ctx):
+        return
+    with ctx.stage("export", inputs) as record:
+        model = FoldedModel(ctx.base.folder, ctx.run.path(stage, "adapter"))
+        files = [_write(ctx, model, quant) for quant in settings.quants]
+        if settings.merged:
+            folder = ctx.run.path("export", "merged")
+            write_merged(model, ctx.base.folder, ZEPHYR_TEMPLATE, folder)
+        window = int(model.config.get("max_position_embeddings") or 2048)
+        length = ctx.recipe.sft.max_length if ctx.recipe.sft else 2048
+        text = modelfile(files[0]["file"], min(window, 2 * length))
+        ctx.run.path("export", "Modelfile").write_text(text, encoding="utf-8")
+        report: dict[str, Any] = {"stage": stage, "files": files}
+        ctx.write(report, "export", "report.json")
+        _check(ctx, stage, report)
+        record |= {"files": {f["file"]: f["sha256"] for f in files}}
+    for file in files:
+        path = ctx.run.path("export", file["file"])
+        ctx.listener.note(f"export: {path} ({file['bytes'] / 1e6:.1f} MB) {_verdict(file)}")
+
+
+def final_stage(ctx: Context, stage: str | None = None) -> str:
+    """`stage` itself, or the last one the recipe trains. Raises: RecipeError when not trained."""
+    name = stage or ("dpo" if ctx.recipe.dpo else "sft")
+    if name not in ("dpo", "sft"):
+        raise RecipeError(f"--stage {name}: must be dpo or sft")
+    if not ctx.run.path(name, "adapter").is_dir():
+        raise RecipeError(
+            f"{ctx.run.folder}: stage {name} is not trained yet", hint="zephyr-lite run RECIPE"
+        )
+    return name
+
+
+def newest_gguf(folder: Path) -> Path | None:
+    """The first file that the export report lists, if it is there."""
+    report = folder / "export" / "report.json"
+    if not report.exists():
+        return None
+    path = report.parent / json.loads(report.read_text(encoding="utf-8"))["files"][0]["file"]
+    return path if path.exists() else None
+
+
+def trained_policy(ctx: Context, stage: str) -> Policy:
+    """The trained model: base and the stage's whole adapter."""
+    model: Any = ctx.load_model()
+    policy = ctx.policy(load_adapter(model, stage, ctx.run.path(stage, "adapter")))
+    policy.use([stage])
+    return policy
+
+
+def _write(ctx: Context, model: FoldedModel, quant: str) -> dict[str, Any]:
+    suffix = f"-{quant.upper()}.gguf"
+    out = ctx.run.path("export", ctx.recipe.name + suffix)
+    label = f"write {quant}"
+    ctx.listener.start(label, len(model.names()), 0)
+
+    def on_tensor(done: int, total: int) -> None:
+        ctx.listener.step({"tensor": done})
+
+    report = write_gguf(
+        model,
+        ctx.base.folder,
+        ZEPHYR_TEMPLATE,
+        out,
+        quant,  # pyright: ignore[reportArgumentType] - the recipe's literal
+        name=ctx.recipe.name,
+        on_tensor=on_tensor,
+    )
+    ctx.listener.end()
+    return report
+
+
+def _check(ctx: Context, stage: str, report: dict[str, Any]) -> None:
+    """Compare every file with the trained model; put the figures into the report."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        report["verified"] = "no: llama.cpp is not installed (pip install 'zephyr-lite[llama]')"
+        ctx.listener.note(f"export: not verified, {report['verified'][4:]}")
+        ctx.write(report, "export", "report.json")
+        return
+    policy = trained_policy(ctx, stage)
+    prompts = _prompts_that_fit(ctx, policy)
+    try:
+        for file in report["files"]:
+            file["verify"] = _verify(ctx, policy, prompts, file["file"])
+    except ExportMismatch as error:
+        report["failed"] = error.report
+        raise
+    finally:
+        write_json(ctx.run.path("export", "report.json"), report)
+    if ctx.recipe.export.questions:
+        report["questions"] = _ask(ctx, report["files"][0]["file"], ctx.recipe.export.questions)
+        ctx.write(report, "export", "report.json")
+
+
+def _verify(ctx: Context, policy: Policy, prompts: list[Messages], name: str) -> dict[str, Any]:
+    ctx.listener.start(f"check {name}", len(prompts), 0)
+    try:
+        return verify_gguf(
+            ctx.run.path("export", name),
+            policy.next_token_log_probs,
+            Tokenizer.from_file(str(ctx.base.folder / "tokenizer.json")),
+            ZEPHYR_TEMPLATE,
+            lambda messages: render(messages, True),
+            prompts,
+            ctx.recipe.export.verify_tokens,
+            threads=torch.get_num_threads(),
+            on_prompt=lambda done, total: ctx.listener.step({"prompt": done}),
+        )
+    finally:
+        ctx.listener.end()
+
+
+def _prompts_that_fit(ctx: Context, policy: Policy) -> list[Messages]:
+    """Held-out prompts that leave room for an answer in the model's context."""
+    settings = ctx.recipe.export
+    window = policy.max_positions - settings.verify_tokens - 16
+    prompts = _held_out_prompts(ctx)
+    fitting = (p for p in prompts if len(ctx.tokenizer.encode_prompt(p)) <= window)
+    chosen = list(itertools.islice(fitting, settings.verify_prompts))
+    if not chosen:
+        raise DataError(
+            f"none of {len(prompts)} held-out prompts leaves room for {settings.verify_tokens} tokens "
+            f"in a context of {policy.max_positions}",
+            hint="lower export.verify_tokens",
+        )
+    return chosen
+
+
+def _held_out_prompts(ctx: Context) -> list[Messages]:
+    """Prompts no training step has seen; training prompts only where nothing is held out."""
+    if ctx.recipe.data.feedback:
+        pairs = aif.read_pairs(ctx, "eval") or aif.read_pairs(ctx, "train")
+        return [[dict(m) for m in pair.prompt] for pair in pairs]
+    split = ctx.recipe.data.dialogues
+    if split is None:
+        raise DataError("the recipe names no data to check the export with")
+    dialogues, _ = load_dialogues(
+        split.eval or split.train,
+        limit=ctx.recipe.export.verify_prompts,
+        on_fault="drop",
+        special_tokens=ctx.tokenizer.special_tokens,
+        offline=ctx.run.offline,
+    )
+    return [[dict(m) for m in d.messages[:-1]] for d in dialogues]
+
+
+def _ask(ctx: Context, name: str, questions: str) -> dict[str, Any]:
+    """Answers of the exported file to the recipe's questions, judged by each row's rule."""
+    answers = []
+    with LlamaCppModel(
+        ctx.run.path("export", name), n_ctx=1024, threads=torch.get_num_threads()
+    ) as model:
+        for row in read_rows(questions, offline=ctx.run.offline):
+            for key in ("prompt", "accept"):
+                if not isinstance(row.data.get(key), str):
+                    raise DataError(f"no text under {key!r}", file=row.file, line=row.line)
+            message = {"role": "user", "content": row.data["prompt"]}
+            text, stop = model.generate([message], ANSWER_TOKENS)
+            right = re.fullmatch(row.data["accept"], text.strip(), re.IGNORECASE) is not None
+            answers.append(
+                {"prompt": row.data["prompt"], "answer": text, "stop": stop, "right": right}
+            )
+    right = sum(a["right"] for a in answers)
+    stopped = sum(a["stop"] == "eos" for a in answers)
+    text = f"export: {right} of {len(answers)} held-out questions right, {stopped} ended by </s>"
+    ctx.listener.note(text)
+    return {"asked": len(answers), "right": right, "ended": stopped, "answers": answers}
+
+
+def _intact(ctx: Context) -> bool:
+    """Whether the files are as the manifest says."""
+    files: dict[str, str] = ctx.run.output("export", "files")
+    paths = {ctx.run.path("export", name): sha256 for name, sha256 in files.items()}
+    return all(p.exists() and file_digest(p) == sha256 for p, sha256 in paths.items())
+
+
+def _verdict(file: dict[str, Any]) -> str:
+    if "verify" not in file:
+        return "not verified"
+    drift = file["verify"]["drift"]
+    return f"verified: KL {drift['kl_mean']:.2g} over {drift['positions']} positions"

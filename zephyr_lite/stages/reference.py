@@ -1,0 +1,156 @@
+"""Reference log-probs, once per (pair, reference): shared between runs, resumable by shard.
+
+pairs -> token ids -> what the cache lacks -> log-probs under the SFT model -> cache
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zephyr_lite.data.chat import template_hash
+from zephyr_lite.data.encoded import EncodedPair
+from zephyr_lite.data.feedback import PreferencePair
+from zephyr_lite.data.reference_cache import ReferenceCache, ReferenceLogProbs, pair_key
+from zephyr_lite.errors import DataError
+from zephyr_lite.evaluate.preferences import pair_log_probs
+from zephyr_lite.model.adapters import adapter_identity, load_adapter
+from zephyr_lite.model.policy import Policy
+from zephyr_lite.recipe import Dpo
+from zephyr_lite.stages import aif, sft
+from zephyr_lite.stages.context import Context
+from zephyr_lite.storage import cache_folder
+
+SHARD_PAIRS = 64
+LOG_PROB_VERSION = 1  # raise when the way log-probs are computed changes
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Pairs of one side, tokenised and truncated, with their row ids and cache keys."""
+
+    ids: list[str]
+    pairs: list[EncodedPair]
+    keys: list[bytes]
+
+
+def run(ctx: Context) -> None:
+    """Compute what the cache does not hold yet."""
+    settings = ctx.recipe.dpo
+    if settings is None:
+        return
+    key = set_key(ctx)
+    sides = {side: encode(ctx, side) for side in ("train", "eval")}
+    inputs = {"set": key, "pairs": ctx.run.output("aif", "pairs")}
+    cache = ReferenceCache(cache_folder() / "reference", key)
+    for shard in cache.damaged:
+        ctx.listener.note(f"reference: damaged shard set aside, computed again: {shard}")
+    keys = [k for side in sides.values() for k in side.keys]
+    if ctx.run.is_done("reference", inputs) and not cache.missing(keys):
+        return
+    with ctx.stage("reference", inputs) as record:
+        pairs = [p for side in sides.values() for p in side.pairs]
+        missing = cache.missing(keys)
+        if missing:
+            _compute(ctx, cache, keys, pairs, missing)
+        ctx.write({"set_key": cache.set_key, "key": key}, "reference", "key.json")
+        record |= {"set_key": cache.set_key, "computed": len(missing), "pairs": len(keys)}
+
+
+def set_key(ctx: Context) -> dict[str, Any]:
+    """Everything a reference log-prob depends on besides the pair's ids, and nothing else.
+
+    Truncation is not listed: it acts on the ids, which are the pair's own key.
+    """
+    return {
+        "version": LOG_PROB_VERSION,
+        "base": ctx.base.sha256,
+        "adapter": adapter_identity(ctx.run.path("sft", "adapter")) if ctx.recipe.sft else None,
+        "template": template_hash(),
+        "dtype": str(ctx.dtype),
+        "engine": ctx.recipe.engine,
+        "gemm": "exact",
+        "device": ctx.device.type,
+    }
+
+
+def encode(ctx: Context, side: str) -> EncodedPairs:
+    """Pairs of one side as ids; those whose answers became equal by truncation are left out."""
+    settings = _settings(ctx)
+    rows = aif.read_pairs(ctx, side)
+    encoded = ctx.tokenizer.encode_pairs(
+        [(r.prompt, r.chosen, r.rejected) for r in rows],
+        max_length=settings.max_length,
+        max_prompt_length=settings.max_prompt_length,
+    )
+    kept = [i for i, pair in enumerate(encoded) if pair.is_distinct]
+    _report(ctx, side, rows, encoded, kept)
+    if side == "train" and not kept:
+        raise DataError("no preference pair is left after truncation")
+    pairs = [encoded[i] for i in kept]
+    return EncodedPairs([rows[i].id for i in kept], pairs, [pair_key(p) for p in pairs])
+
+
+def stored(ctx: Context, keys: Sequence[bytes]) -> ReferenceLogProbs:
+    """Reference log-probs of known pairs."""
+    return ReferenceCache(cache_folder() / "reference", set_key(ctx)).get(keys)
+
+
+def reference_policy(ctx: Context) -> Policy:
+    """The SFT model, or the base where there is no dSFT; nothing trains."""
+    model: Any = ctx.load_model()
+    if not ctx.recipe.sft:
+        return ctx.policy(model)
+    policy = ctx.policy(load_adapter(model, sft.ADAPTER, ctx.run.path("sft", "adapter")))
+    policy.use([sft.ADAPTER])
+    return policy
+
+
+def _settings(ctx: Context) -> Dpo:
+    if ctx.recipe.dpo is None:
+        raise ValueError("the recipe has no dpo section")
+    return ctx.recipe.dpo
+
+
+def _compute(
+    ctx: Context,
+    cache: ReferenceCache,
+    keys: list[bytes],
+    pairs: list[EncodedPair],
+    missing: list[int],
+) -> None:
+    """Fill the cache shard by shard; a kill costs at most one."""
+    policy = reference_policy(ctx)
+    budget = ctx.recipe.memory.tokens_per_micro_batch
+    shards = [missing[at : at + SHARD_PAIRS] for at in range(0, len(missing), SHARD_PAIRS)]
+    ctx.listener.start("reference", len(shards), 0)
+    with ctx.stop.deferred():
+        for shard in shards:
+            members = [pairs[i] for i in shard]
+            chosen_P, rejected_P = pair_log_probs(policy, members, budget)
+            lengths = [(len(p.chosen), len(p.rejected)) for p in members]
+            chosen_len_P, rejected_len_P = np.array(lengths, np.int32).T
+            values = ReferenceLogProbs(chosen_P, rejected_P, chosen_len_P, rejected_len_P)
+            cache.add([keys[i] for i in shard], values)
+            ctx.listener.step({"pairs": len(cache)})
+            ctx.stop.check("reference stopped; finished shards are saved")
+    ctx.listener.end()
+
+
+def _report(
+    ctx: Context,
+    side: str,
+    rows: list[PreferencePair],
+    encoded: list[EncodedPair],
+    kept: list[int],
+) -> None:
+    """reference/report-SIDE.json: what truncation did to the pairs."""
+    flags = ("prompt_truncated", "chosen_truncated", "rejected_truncated")
+    counts = Counter(f for p in encoded for f in flags if getattr(p, f))
+    equal = [rows[i].id for i, p in enumerate(encoded) if not p.is_distinct]
+    report = {"pairs": len(rows), "kept": len(kept), "equal_after_truncation": equal, **counts}
+    ctx.write(report, "reference", f"report-{side}.json")
