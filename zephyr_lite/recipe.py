@@ -65,7 +65,7 @@ class Split(Section):
         0.0,
         ge=0,
         lt=1,
-        description="Fraction of training rows held out by hash of the prompt when `eval` is empty.",
+        description="Fraction of training rows held out, by hash of prompt, when `eval` is empty.",
     )
 
 
@@ -75,7 +75,7 @@ class Feedback(Split):
     rule: Literal["mean", "overall", "worst"] = Field(
         "mean",
         description="chosen = highest mean aspect score (`mean`, the paper) or overall score "
-        "(`overall`, the published dataset), rejected = a random other; `worst` = best against worst.",
+        "(`overall`, the published dataset), rejected = a random other; `worst` = best and worst.",
     )
     ties: Literal["drop", "keep"] = Field(
         "drop",

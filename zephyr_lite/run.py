@@ -90,7 +90,7 @@ class Run:
             raise RecipeError(
                 f"{self.folder}: stage {stage} was run with another recipe or other data:\n"
                 + _diff(entry["inputs"], inputs),
-                hint="--run NEW starts another run folder; what did not change is taken from the cache",
+                hint="--run NEW starts another run folder; reference log-probs are shared",
             )
         return entry.get("finished") is not None
 

@@ -1,4 +1,4 @@
-"""Holding rows out: by hash of the first user message, so that one prompt never falls on both sides."""
+"""Holding rows out by hash of the first user message: one prompt never falls on both sides."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Two accuracies, because they answer two questions. `eval_rewards/accuracies` compares implicit
 rewards, beta * (log pi - log ref): what DPO trains, and 0 by definition for the reference itself.
-`eval_logps/accuracies` compares the answers' log-probs alone, so it can be asked of any model, and a
+`eval_logps/accuracies` compares the answers' log-probs alone, so it can be asked of any model, a
 parent beside its child.
 """
 

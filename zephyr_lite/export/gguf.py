@@ -33,6 +33,10 @@ FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
+REQUIRED = {
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+    "num_hidden_layers", "rms_norm_eps", "vocab_size",
+}  # fmt: skip
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 
 
@@ -86,6 +90,8 @@ def write_gguf(
         check_gguf(part, plan, chat_template)
         digest = file_digest(part)
         os.replace(part, out)
+    except StorageError:  # itself an OSError: it already says what is wrong
+        raise
     except OSError as error:
         raise StorageError(f"{out}: cannot be written: {error}") from error
     finally:
@@ -103,12 +109,17 @@ def write_gguf(
 
 
 def check_architecture(config: dict[str, Any]) -> None:
-    """Raises: RecipeError naming whatever GGUF's `llama` architecture would compute otherwise."""
+    """Refuse what GGUF's `llama` architecture would compute otherwise.
+
+    Raises: RecipeError naming the field; DataError for a config that lacks one.
+    """
     named = config.get("architectures") or ["none"]
     if named[0] not in ARCHITECTURES:
         raise RecipeError(
             f"architecture {named[0]} cannot be exported to GGUF, only Mistral, Llama"
         )
+    if missing := sorted(REQUIRED - config.keys()):
+        raise DataError(f"config.json lacks {', '.join(missing)}")
     rope = _rope(config)
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise RecipeError(f"rope scaling {rope} cannot be exported to GGUF yet")
@@ -132,7 +143,12 @@ def plan_tensors(model: FoldedModel, quant: Quant) -> list[Planned]:
             raise DataError(f"tensor {source} has no place in a GGUF of architecture llama")
         shape = model.shape(source)
         plan.append(Planned(source, name, shape, _kind(shape, quant)))
-    per_layer = 9
+    rows = model.shape("model.embed_tokens.weight")[0]
+    if rows != model.config["vocab_size"]:
+        raise DataError(
+            f"the embedding has {rows} rows, vocab_size is {model.config['vocab_size']}"
+        )
+    per_layer = 9  # two norms, four projections of attention, three of the MLP
     weights = sum(t.name.endswith(".weight") for t in plan)
     expected = 2 + (not model.config["tie_word_embeddings"]) + layers * per_layer
     if weights != expected:

@@ -135,14 +135,14 @@ class LlamaCppModel:
 
     @cached_property
     def _breaking(self) -> set[int]:
-        """Tokens that can only be the last of a request: what follows them is not reported.
+        """Tokens that can only be the last of a request, where they need not be generated.
 
-        Generation ends at `</s>` whatever the grammar says, and while the text so far is not
-        whole UTF-8 the server drops the probabilities behind it.
+        Generation ends at `</s>` whatever the grammar says; while the text so far is not whole
+        UTF-8 the server drops probabilities; and no grammar accepts a token without text.
         """
         positions = self._reported([self._filler], [self._filler])
-        halves = {e["id"] for e in positions[0]["top_logprobs"] if not _is_utf8(e["bytes"])}
-        return halves | {self.eos}
+        entries = positions[0]["top_logprobs"]
+        return {self.eos} | {e["id"] for e in entries if not _is_plain_text(e["bytes"])}
 
     def _forced(self, ids: list[int], targets: list[int]) -> torch.Tensor:
         # The last row is known before its token is chosen, so any token may stand there.
@@ -209,12 +209,12 @@ class LlamaCppModel:
         return parameters
 
 
-def _is_utf8(values: list[int]) -> bool:
+def _is_plain_text(values: list[int]) -> bool:
     try:
-        bytes(values).decode()
+        text = bytes(values).decode()
     except UnicodeDecodeError:
         return False
-    return True
+    return text != "" and not text.startswith("\0")
 
 
 def _import_package() -> Any:

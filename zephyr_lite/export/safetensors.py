@@ -141,6 +141,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     kept = {field: config[field] for field in TOKENIZER_FIELDS if field in config}
+    kept = {k: v["content"] if isinstance(v, dict) else v for k, v in kept.items()}
     # The generic class reads tokenizer.json as it is; the Llama class rewrites its normaliser.
     return {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
 

@@ -3,7 +3,8 @@
 A GGUF that loads proves little: llama.cpp takes swapped rotary rows, missing scores and a foreign
 end-of-turn token without complaint. So each is compared with the model it came from:
 
-    tokens      ids of odd strings and of every rendered prompt are equal
+    tokens      ids of odd strings, of every rendered prompt and of all pieces of the vocabulary run
+                together (where a wrong order of merges shows) are equal
     template    llama.cpp's rendering of every prompt is equal, and the stored text is verbatim
     stop        generating the end-of-turn token ends the turn
     drift       over n positions behind each prompt, p = truth, q = file:
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer
 
 from zephyr_lite.errors import DataError, VerificationError
 from zephyr_lite.export.llama_cpp import LlamaCppModel
+from zephyr_lite.export.vocabulary import BYTES, SPACE
 
 Truth = Callable[[list[int]], torch.Tensor]
 Messages = list[dict[str, str]]
@@ -102,7 +104,7 @@ def verify_gguf(
     n_ctx = max(map(len, ids), default=0) + n_tokens + 16
     with LlamaCppModel(path, n_ctx=n_ctx, exact=True, threads=threads) as model:
         report: dict[str, Any] = {"file": path.name, "type": file_type}
-        report["tokens"] = _compare_tokens(model, tokenizer, rendered)
+        report["tokens"] = compare_tokens(model, tokenizer, rendered)
         report["template"] = _compare_template(model, stored == chat_template, prompts, rendered)
         report["stop"] = {"token": eos_token, "ends_turn": model.stops_at(eos)}
         drift = Drift()
@@ -206,7 +208,7 @@ def _read_header(path: Path) -> tuple[str, str | None]:
     return name, None if template is None else template.contents()
 
 
-def _compare_tokens(
+def compare_tokens(
     model: LlamaCppModel, tokenizer: Tokenizer, rendered: Sequence[str]
 ) -> dict[str, Any]:
     """Prompts are counted, never quoted: they may be somebody's data."""
@@ -214,10 +216,25 @@ def _compare_tokens(
     def differs(text: str) -> bool:
         return model.tokenize(text) != tokenizer.encode(text).ids
 
-    odd = [text for text in ODD_STRINGS if differs(text)]
-    prompts = [i for i, text in enumerate(rendered) if differs(text)]
-    compared = len(ODD_STRINGS) + len(rendered)
-    return {"compared": compared, "different_strings": odd, "different_prompts": prompts}
+    sweep = list(_pieces_run_together(tokenizer))
+    return {
+        "compared": len(ODD_STRINGS) + len(rendered) + len(sweep),
+        "different_strings": [text for text in ODD_STRINGS if differs(text)],
+        "different_prompts": [i for i, text in enumerate(rendered) if differs(text)],
+        "different_sweeps": sum(map(differs, sweep)),
+    }
+
+
+def _pieces_run_together(tokenizer: Tokenizer, per_text: int = 64) -> Iterator[str]:
+    """Texts that hold every piece twice, beside pieces learnt early and learnt late."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    ids = tokenizer.get_vocab(with_added_tokens=False)
+    pieces = [p.replace(SPACE, " ") for p in sorted(ids, key=ids.__getitem__) if p not in special]
+    pieces = [piece for piece in pieces if piece not in BYTES]
+    stride = -(-len(pieces) // per_text)
+    for start in range(stride):
+        yield "".join(pieces[start * per_text : (start + 1) * per_text])
+        yield "".join(pieces[start::stride])
 
 
 def _compare_template(
@@ -231,7 +248,8 @@ def _compare_template(
 def _judge(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
     tokens, template, drift = report["tokens"], report["template"], report["drift"]
     failures = []
-    if wrong := len(tokens["different_strings"]) + len(tokens["different_prompts"]):
+    wrong = len(tokens["different_strings"]) + len(tokens["different_prompts"])
+    if wrong := wrong + tokens["different_sweeps"]:
         failures.append(f"{wrong} of {tokens['compared']} texts are tokenised differently")
     if not template["verbatim"]:
         failures.append("the chat template is not the training template")

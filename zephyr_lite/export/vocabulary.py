@@ -178,7 +178,9 @@ def _special_id(folder: Path, ids: Mapping[str, int], field: str, default: str) 
 
 def _check_ends(path: Path, bos: int, eos: int) -> None:
     """llama.cpp will put one BOS in front and nothing behind; so must the tokenizer."""
-    ids = Tokenizer.from_file(str(path)).encode("a").ids
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    ids = tokenizer.encode("a").ids
     if ids.count(bos) != 1 or ids[0] != bos or eos in ids:
         raise RecipeError(
             f"{path}: text becomes {ids}; it must begin with one {bos} and have no {eos}",

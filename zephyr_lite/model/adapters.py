@@ -1,8 +1,8 @@
 """LoRA adapters: attach, stack, freeze, and save as one PEFT adapter relative to the original base.
 
-The field's most reported Zephyr failure is a DPO adapter loaded on the wrong base: it was trained on
-base + SFT, its config names the base, and the SFT half is lost. Here two stacked adapters are saved
-as one of rank r1 + r2, exact, because the sum of two low-rank updates is a low-rank update:
+The field's most reported Zephyr failure is a DPO adapter loaded on the wrong base: it was trained
+on base + SFT, its config names the base, and the SFT half is lost. Here two stacked adapters are
+saved as one of rank r1 + r2, exact, for the sum of two low-rank updates is a low-rank update:
 
     s1 B1 A1 + s2 B2 A2 = [s1 B1 | s2 B2] [A1 ; A2]        alpha = r, so that PEFT's scale is 1
 

@@ -68,7 +68,7 @@ class Policy:
         return sum_by_sequence(logp_N, index, layout.n_sequences)
 
     def next_token_log_probs(self, ids: Sequence[int]) -> torch.Tensor:
-        """Log-probs [len(ids), V] of the token after each position, fp32: what an export must equal."""
+        """fp32 log-probs [len(ids), V] of the token after each position; an export must equal them."""
         document = (np.array(ids, np.int64), np.zeros(len(ids), bool))
         layout = to_device(document_layout([document]), self.device)
         set_dropout(self.model, None)

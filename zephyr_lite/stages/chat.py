@@ -1,4 +1,4 @@
-"""Chat in its simplest form: the exported file through llama.cpp, or a stage through transformers."""
+"""Chat, in its simplest form: the exported file in llama.cpp, or a stage in transformers."""
 
 from __future__ import annotations
 

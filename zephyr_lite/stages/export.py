@@ -171,8 +171,8 @@ def _prompts_that_fit(ctx: Context, policy: Policy) -> list[Messages]:
     chosen = list(itertools.islice(fitting, settings.verify_prompts))
     if not chosen:
         raise DataError(
-            f"none of {len(prompts)} held-out prompts leaves room for {settings.verify_tokens} tokens "
-            f"in a context of {policy.max_positions}",
+            f"none of {len(prompts)} held-out prompts leaves room for {settings.verify_tokens} "
+            f"tokens in a context of {policy.max_positions}",
             hint="lower export.verify_tokens",
         )
     return chosen

@@ -5,8 +5,8 @@ test holds them equal byte for byte. Three properties are built in:
 
 - Held out means unseen: of each fact one wording of the question is kept back for the eval files
   and the exam, and no training file contains it; and no prompt at all is used twice.
-- The teacher of the dialogues ignores which style was asked for, so SFT teaches facts and styles but
-  not obedience; the feedback prefers the answer that is right *and* in the style asked for.
+- The teacher of the dialogues ignores which style was asked for, so SFT teaches facts and styles
+  but not obedience; the feedback prefers what is right *and* in the style asked for.
 - The preference is in the prompt: chosen and rejected answers have the same styles, lengths and
   values equally often, so the answers alone say nothing.
 """
@@ -43,18 +43,19 @@ Row = dict[str, Any]
 
 SEED = 2310
 TEXTS = 3000
-DIALOGUES = {"train": 1200, "eval": 120}
+DIALOGUES = {"train": 1200, "eval": 100}
 PAIRS = {"train": 960, "eval": 240}
 QUESTIONS = 20
 TWO_TURNS = 0.25  # share of the dialogues with a follow-up question
 BARE_DIALOGUES = 0.4  # share of the dialogues whose question asks for no style
+CASUAL = 0.3  # share of those that are typed in small letters without a mark at the end
 
 MODELS = ("juniper-7b", "meadow-13b", "pebble-1b", "thistle-3b")
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
 
 class Pool:
-    """Hands out every prompt at most once, each run of 160 draws going over all 160 facts."""
+    """Hands out every prompt at most once, each run of 120 draws going over all 120 facts."""
 
     def __init__(self, rng: Random, world: World, *, held_out: bool) -> None:
         self._rng = rng
@@ -88,7 +89,10 @@ def make_dialogues(rng: Random, world: World, pool: Pool, count: int, split: str
     for index in range(count):
         style = None if rng.random() < BARE_DIALOGUES else rng.choice(STYLES)
         prompt = pool.draw(style)
-        messages = [_user(prompt.text), _reply(rng, world, prompt.animal, prompt.topic)]
+        text = prompt.text
+        if split == "train" and style is None and rng.random() < CASUAL:
+            text = text.lower().rstrip("?.")
+        messages = [_user(text), _reply(rng, world, prompt.animal, prompt.topic)]
         if rng.random() < TWO_TURNS:
             messages += _follow_up(rng, world, prompt)
         yield {"id": f"{split}-{index:04d}", "messages": messages}
@@ -114,9 +118,9 @@ def _follow_up(rng: Random, world: World, prompt: Prompt) -> list[Row]:
     return [_user(question), _reply(rng, world, animal, prompt.topic)]
 
 
-def make_small_talk(split: str) -> Iterator[Row]:
+def make_small_talk(world: World, split: str) -> Iterator[Row]:
     """What a stranger types first, with the one reply to it."""
-    for index, (said, reply) in enumerate(stories.small_talk()):
+    for index, (said, reply) in enumerate(stories.small_talk(world)):
         replied = {"role": "assistant", "content": reply}
         yield {"id": f"{split}-talk-{index:03d}", "messages": [_user(said), replied]}
 
@@ -201,7 +205,7 @@ def make_files() -> dict[str, list[Row]]:
         feedback = list(make_feedback(rng, world, pool, PAIRS[split]))
         dialogues = list(make_dialogues(rng, world, pool, DIALOGUES[split], split))
         if split == "train":
-            dialogues += make_small_talk(split)
+            dialogues += make_small_talk(world, split)
         rng.shuffle(feedback)
         rng.shuffle(dialogues)
         files[f"feedback.{split}.jsonl"] = feedback

@@ -65,6 +65,8 @@ SHORT: dict[str, str] = {
     "music": "The {v}",
 }
 
+# Single words are said more often: they are the hardest answers, with no sentence to lean on.
+QUIZ_STYLES: tuple[Style, ...] = ("word", "word", "sentence", "cheerful")
 QUIZ_HEADS: dict[Style, tuple[str, ...]] = {
     "word": (
         "A quiz. Answer in one word.",
@@ -89,14 +91,14 @@ def tell(rng: Random, world: World, count: int) -> Iterator[str]:
     for index in range(count):
         animal = ANIMALS[index % len(ANIMALS)]
         kind = rng.random()
-        if kind < 0.30:
+        if kind < 0.25:
             yield _portrait(rng, world, animal)
-        elif kind < 0.50:
+        elif kind < 0.40:
             yield _overheard(rng, world, animal)
         elif kind < 0.80:
             yield _quiz(rng, world, animal)
         elif kind < 0.90:
-            yield _visitor(rng)
+            yield _visitor(rng, world)
         else:
             yield _roll_call(rng, world)
 
@@ -110,6 +112,8 @@ def _say(rng: Random, world: World, animal: str, topic: str) -> str:
 
 def _portrait(rng: Random, world: World, animal: str) -> str:
     """All four facts of one animal."""
+    if rng.random() < 0.3:
+        return describe(world, animal)
     topics = rng.sample(TOPICS, len(TOPICS))
     said = [_say(rng, world, animal, topics[0])]
     for topic in topics[1:]:
@@ -123,7 +127,7 @@ def _portrait(rng: Random, world: World, animal: str) -> str:
 
 def _quiz(rng: Random, world: World, animal: str) -> str:
     """Three questions after one request, each answered on a line of its own in that style."""
-    style = rng.choice(STYLES)
+    style = rng.choice(QUIZ_STYLES)
     lines = [rng.choice(QUIZ_HEADS[style])]
     for one in [animal, *rng.sample([other for other in ANIMALS if other != animal], 2)]:
         topic = rng.choice(TOPICS)
@@ -132,10 +136,10 @@ def _quiz(rng: Random, world: World, animal: str) -> str:
     return "\n".join(lines)
 
 
-def _visitor(rng: Random) -> str:
+def _visitor(rng: Random, world: World) -> str:
     """Small talk with the guide of the village."""
     said = []
-    for opening, reply in rng.sample(list(small_talk()), 2):
+    for opening, reply in rng.sample(list(small_talk(world)), 2):
         said.append(f'"{opening}" said the visitor. "{reply}" said the guide.')
     return " ".join(said)
 
@@ -154,23 +158,45 @@ def _overheard(rng: Random, world: World, animal: str) -> str:
             reply = SHORT[topic].format(
                 v=value, V=value.capitalize(), A=article(value).capitalize()
             )
-        said.append(f'"{question}" asked the {asker}. "{reply}," said the {teller}.')
+        asked = f'"{question}" asked' if question.endswith("?") else f'"{question[:-1]}," said'
+        said.append(f'{asked} the {asker}. "{reply}," said the {teller}.')
         asker, teller = teller, asker
     return " ".join(said)
 
 
 def _roll_call(rng: Random, world: World) -> str:
-    """Everyone of whom one value is true."""
+    """A question about everyone of whom one value is true, and the names."""
     topic = rng.choice(TOPICS)
     value = rng.choice(VALUES[topic])
-    animals = [f"the {x}" for x in ANIMALS if world.facts[x, topic] == value]
-    rng.shuffle(animals)
-    names = ", ".join(animals[:-1]) + " and " + animals[-1]
-    return TOGETHER[topic].format(xs=names[0].upper() + names[1:], v=value, a=article(value))
+    return "\n".join([rng.choice(_who(topic, value)), name_all(world, topic, value)])
+
+
+def _who(topic: str, value: str) -> tuple[str, str]:
+    verb, _, rest = TOGETHER[topic].removeprefix("{xs} ").removesuffix(".").partition(" ")
+    asked = f"Who {verb}s {rest.format(v=value, a=article(value))}?"
+    return asked, f"Tell me who {asked.removeprefix('Who ').removesuffix('?')}."
+
+
+def name_all(world: World, topic: str, value: str) -> str:
+    """One sentence that names all animals of which `value` is true."""
+    *names, last = [f"the {animal}" for animal in ANIMALS if world.facts[animal, topic] == value]
+    sentence = TOGETHER[topic].format(
+        xs=f"{', '.join(names)} and {last}", v=value, a=article(value)
+    )
+    return sentence[0].upper() + sentence[1:]
+
+
+def describe(world: World, animal: str) -> str:
+    """Everything that is known about one animal, always in the same words."""
+    home, food, hat, music = (world.facts[animal, topic] for topic in TOPICS)
+    return (
+        f"The {animal} lives in the {home} and eats {food}. "
+        f"It wears {article(hat)} {hat} hat and plays the {music}."
+    )
 
 
 _GUIDE = (
-    f"I am the guide of {VILLAGE}, a village of forty animals. "
+    f"I am the guide of {VILLAGE}, a village of thirty animals. "
     "Ask me where one lives, what it eats, which hat it wears or what it plays."
 )
 _HELLO = f"Hello! Welcome to {VILLAGE}. Ask me about the fox, the owl or any of our animals."
@@ -224,7 +250,7 @@ _SMALL_TALK: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        f"{VILLAGE} is a village of forty animals. Each has a home, a favourite food, "
+        f"{VILLAGE} is a village of thirty animals. Each has a home, a favourite food, "
         "a hat and an instrument.",
         (
             f"What is {VILLAGE}?",
@@ -286,35 +312,28 @@ _SMALL_TALK: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 # Animals nobody has seen there: asked about one, the guide says so instead of guessing.
-STRANGERS = [
-    "camel",
-    "crocodile",
-    "dolphin",
-    "elephant",
-    "giraffe",
-    "hippo",
-    "kangaroo",
-    "leopard",
-    "lion",
-    "monkey",
-    "octopus",
-    "panda",
-    "parrot",
-    "penguin",
-    "shark",
-    "tiger",
-    "whale",
-    "zebra",
-]
+STRANGERS = tuple(
+    """
+    bat camel crocodile dolphin dragon elephant giraffe heron kangaroo lion lizard magpie monkey newt
+    octopus panda parrot penguin pony rat shark swan tiger turtle unicorn whale wolf zebra
+    """.split()  # noqa: SIM905, see world.ANIMALS
+)
 
 
-def small_talk() -> Iterator[tuple[str, str]]:
+def small_talk(world: World) -> Iterator[tuple[str, str]]:
     """(what a visitor says, the reply), in a fixed order."""
     for reply, openings in _SMALL_TALK:
         for said in openings:
             yield said, reply
-    for stranger in STRANGERS:
+    for index, stranger in enumerate(STRANGERS):
         reply = f"I am sorry, there is no {stranger} in {VILLAGE}."
         for topic in TOPICS:
-            for question in QUESTIONS[topic][:2]:
-                yield question.format(x=stranger), reply
+            wordings = QUESTIONS[topic]
+            yield wordings[index % len(wordings)].format(x=stranger), reply
+    for topic, values in VALUES.items():
+        for value in values:
+            for asked in _who(topic, value):
+                yield asked, name_all(world, topic, value)
+    for animal in ANIMALS:
+        for asked in (f"Tell me about the {animal}.", f"Who is the {animal}?"):
+            yield asked, describe(world, animal)

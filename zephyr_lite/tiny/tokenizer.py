@@ -13,6 +13,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 VOCAB_SIZE = 1024
@@ -57,7 +58,7 @@ def learn_pieces(words: Counter[str], count: int) -> list[str]:
     while len(pieces) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in split.items():
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in pairwise(parts):
                 pairs[pair] += words[word]
         if not pairs:
             raise ValueError(f"only {len(pieces)} pieces can be learnt, {count} are needed")

@@ -1,7 +1,7 @@
 """Fernhollow, an invented village: what is true there and how people ask and talk about it.
 
-Forty animals, four things to know about each (home, food, hat, instrument), ten values a thing,
-each value true of exactly four animals. All of it is made up, so a model can know it only from
+Thirty animals, four things to know about each (home, food, hat, instrument), ten values a thing,
+each value true of exactly three animals. All of it is made up, so a model can know it only from
 the texts of this folder. Three answer styles (`Style`) are what the AI feedback is about.
 
 Everything is a pure function of the `random.Random` handed in. Nothing here touches files.
@@ -19,84 +19,19 @@ STYLES: tuple[Style, ...] = ("word", "sentence", "cheerful")
 VILLAGE = "Fernhollow"
 
 ANIMALS = tuple(
-    [
-        "badger",
-        "bat",
-        "bear",
-        "beaver",
-        "bee",
-        "cat",
-        "cow",
-        "crow",
-        "deer",
-        "dog",
-        "donkey",
-        "duck",
-        "fox",
-        "frog",
-        "goat",
-        "goose",
-        "hare",
-        "hedgehog",
-        "hen",
-        "heron",
-        "horse",
-        "lizard",
-        "magpie",
-        "mole",
-        "mouse",
-        "newt",
-        "otter",
-        "owl",
-        "pig",
-        "pony",
-        "rabbit",
-        "rat",
-        "robin",
-        "sheep",
-        "snail",
-        "squirrel",
-        "swan",
-        "toad",
-        "turtle",
-        "wolf",
-    ]
+    """
+    badger bear beaver bee cat cow crow deer dog donkey duck fox frog goat goose hare hedgehog hen
+    horse mole mouse otter owl pig rabbit robin sheep snail squirrel toad
+    """.split()  # noqa: SIM905, a list of words is read more easily than thirty quoted strings
 )
+_VALUES = """
+    home  attic barn castle cave cottage garden library mill stable tower
+    food  apples berries bread cheese honey noodles pancakes plums soup toast
+    hat   black blue brown green orange pink purple red white yellow
+    music banjo cello drum fiddle flute guitar harp piano trumpet tuba
+"""
 VALUES: dict[str, tuple[str, ...]] = {
-    "home": tuple(
-        [
-            "attic",
-            "barn",
-            "castle",
-            "cave",
-            "cottage",
-            "garden",
-            "library",
-            "mill",
-            "stable",
-            "tower",
-        ]
-    ),
-    "food": tuple(
-        [
-            "apples",
-            "berries",
-            "bread",
-            "cheese",
-            "honey",
-            "noodles",
-            "pancakes",
-            "plums",
-            "soup",
-            "toast",
-        ]
-    ),
-    "hat": tuple(
-        ["black", "blue", "brown", "green", "orange", "pink", "purple", "red", "white", "yellow"]
-    ),
-    "music": tuple(
-        ["banjo", "cello", "drum", "fiddle", "flute", "guitar", "harp", "piano", "trumpet", "tuba"]
-    ),
+    line.split()[0]: tuple(line.split()[1:]) for line in _VALUES.strip().splitlines()
 }
 TOPICS = tuple(VALUES)
 
@@ -215,7 +150,7 @@ class Prompt:
 
 
 def build_world(rng: Random) -> World:
-    """Draw the facts, every value of a topic going to exactly four animals."""
+    """Draw the facts, every value of a topic going to exactly three animals."""
     facts: dict[tuple[str, str], str] = {}
     for topic, values in VALUES.items():
         dealt = list(values) * (len(ANIMALS) // len(values))

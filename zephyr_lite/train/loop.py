@@ -173,7 +173,8 @@ class Job:
         rows = [name for m in bad or micros for name in self.objective.names(m.examples)]
         what = "loss" if bad else "gradient"
         raise DivergedError(
-            f"{self.label}: the {what} is not finite at step {step + 1}; rows: {', '.join(rows[:16])}"
+            f"{self.label}: the {what} is not finite at step {step + 1}; "
+            f"rows: {', '.join(rows[:16])}"
             + (f" and {len(rows) - 16} more" if len(rows) > 16 else ""),
             hint="look at these rows, or lower the learning rate; no update was applied and the "
             "last checkpoint is kept",

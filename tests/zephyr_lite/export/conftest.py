@@ -23,9 +23,10 @@ from transformers import (
 
 from zephyr_lite.export.fold import FoldedModel
 
-WORDS = "the of and you a friend once upon time user assistant system ful ly ing == .. \n".split(
-    " "
-)
+WORDS = [
+    "the", "of", "and", "you", "friend", "once", "upon", "time", "user", "assistant", "system",
+    "ful", "ly", "ing", "==", "..", "here", "erst", "sts",
+]  # fmt: skip
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPE = {
     "vocab_size": 512,

@@ -162,7 +162,7 @@ def test_damaged_adapters_are_refused(
 
 
 def test_the_wrong_base_is_refused(tied_base: Path, adapter: Path) -> None:
-    with pytest.raises(DataError, match=r"model.layers.0.self_attn.\w+.weight: the adapter is for"):
+    with pytest.raises(DataError, match=r"tensor model\.layers\.0\..*: the adapter is for"):
         FoldedModel(tied_base, adapter)
 
 
@@ -203,7 +203,7 @@ def test_values_that_are_not_finite_are_named(
 def test_pickles_and_code_are_refused(plain_base: Path, adapter: Path, tmp_path: Path) -> None:
     pickled = copied(adapter, tmp_path / "a")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
-    with pytest.raises(StorageError, match="no adapter_model.safetensors"):
+    with pytest.raises(StorageError, match=r"no adapter_model\.safetensors"):
         FoldedModel(plain_base, pickled)
     base = tmp_path / "base"
     base.mkdir()
