@@ -52,6 +52,7 @@ def run(
         aif.run(ctx)
         dpo.run(ctx)
         export.run(ctx)
+        ctx.compare_with_expected()
         minutes = (time.monotonic() - began) / 60
         ctx.listener.note(f"done in {minutes:.1f} min; talk to it: zephyr-lite chat {recipe}")
 

@@ -8,14 +8,16 @@ OSDI'14), hence both.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,46 +59,67 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace a JSON file atomically. Raises: StorageError; the old file is then untouched."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically. Raises: StorageError; the old file is then untouched."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=1, sort_keys=False, ensure_ascii=False)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(part, path)
-    _fsync_folder(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
 
 
 @contextmanager
 def sealed_folder(final: Path, meta: dict[str, Any] | None = None) -> Iterator[Path]:
     """Yield a temporary folder that becomes `final` when the block ends without an error."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
+    part: Path | None = None
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
         yield part
         seal(part, meta or {})
         old = part.with_suffix(".old")
-        if final.exists():  # rename cannot replace a folder that is not empty
+        if os.path.lexists(final):  # rename cannot replace a folder that is not empty
             os.rename(final, old)
         os.rename(part, final)
         _fsync_folder(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+    except StorageError:
+        raise
     except OSError as error:
-        raise StorageError(f"{final}: cannot be written: {error}") from error
+        raise _cannot_write(final, error) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            _remove(part)
 
 
 def seal(folder: Path, meta: dict[str, Any]) -> None:
-    """Fsync every file of a folder and write its manifest last."""
+    """Fsync every file and folder below `folder` and write its manifest last.
+
+    Raises: StorageError for a link: its contents are not ours to vouch for.
+    """
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise StorageError(f"{path}: a link cannot be part of a sealed folder")
+        if path.is_dir():
+            _fsync_folder(path)
+        elif path != folder / SEAL:
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
     write_json(folder / SEAL, {"meta": meta, "files": files})
 
 
@@ -105,15 +128,19 @@ def open_sealed(folder: Path) -> dict[str, Any]:
 
     Raises: StorageError naming the file that is missing or damaged.
     """
-    if not (folder / SEAL).is_file():
-        raise StorageError(f"{folder}: has no {SEAL}; it was never completed")
-    manifest = read_json(folder / SEAL)
+    manifest = _read_seal(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["size"]:
-            raise StorageError(f"{path}: missing or of another size than its manifest says")
-        if file_digest(path) != expected["sha256"]:
-            raise StorageError(f"{path}: damaged: its SHA-256 is not the manifest's")
+        try:
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size != expected["size"]:
+                raise StorageError(f"{path}: not a file of the size that its manifest says")
+            if file_digest(path) != expected["sha256"]:
+                raise StorageError(f"{path}: damaged: its SHA-256 is not the manifest's")
+        except FileNotFoundError:
+            raise StorageError(f"{path}: missing, though its manifest names it") from None
+        except (KeyError, TypeError):
+            raise StorageError(f"{folder / SEAL}: damaged at {name!r:.80}") from None
     return manifest["meta"]
 
 
@@ -128,7 +155,7 @@ def is_sealed(folder: Path) -> bool:
 
 def seal_digest(folder: Path) -> str:
     """One hash for the contents of a sealed folder: names and SHA-256 of its files."""
-    return digest(read_json(folder / SEAL)["files"])
+    return digest(_read_seal(folder)["files"])
 
 
 @contextmanager
@@ -146,12 +173,37 @@ def sweep(parent: Path, name: str = "*") -> None:
     """
     for old in parent.glob(f".{name}.*.old"):
         final = parent / old.name[1:].rsplit(".", 2)[0]
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(final):
+            _remove(old)
         else:
             os.rename(old, final)
     for part in parent.glob(f".{name}.*.part"):
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _read_seal(folder: Path) -> dict[str, Any]:
+    """The manifest of a sealed folder. Raises: StorageError when there is none or it is damaged."""
+    if not (folder / SEAL).is_file():
+        raise StorageError(f"{folder}: has no {SEAL}; it was never completed")
+    manifest = read_json(folder / SEAL)
+    parts = (manifest.get("files"), manifest.get("meta")) if isinstance(manifest, dict) else ()
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise StorageError(f"{folder / SEAL}: damaged: it is not a manifest of ours")
+    return manifest
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link (never what it points to) or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> StorageError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "free some space and run the same command again" if full else None
+    return StorageError(f"{path}: cannot be written: {error.strerror or error}", hint=hint)
 
 
 def _fsync_folder(folder: Path) -> None:

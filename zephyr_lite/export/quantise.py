@@ -14,6 +14,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 BLOCK = 32
+CHUNK = 1 << 12  # blocks at a time: 512 KiB of values, so that the steps meet in cache
 
 
 def byte_size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
@@ -38,15 +39,18 @@ def encode(weight: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray:
 
 def _encode_q8_0(weight: torch.Tensor) -> np.ndarray:
     x_NB = weight.to(torch.float32).reshape(-1, BLOCK)
-    scale_N1 = x_NB.abs().amax(dim=1, keepdim=True) / 127
-    inverse_N1 = torch.where(scale_N1 == 0, 0, 1 / scale_N1)
-    scaled_NB = x_NB * inverse_N1
-    magnitude_NB = scaled_NB.abs()
-    floor_NB = magnitude_NB.floor()
-    floor_NB += magnitude_NB - floor_NB >= 0.5
-    codes_NB = (floor_NB * scaled_NB.sign()).to(torch.int8)
-    scales = _to_half(scale_N1).numpy().view(np.uint8)
-    return np.concatenate([scales, codes_NB.numpy().view(np.uint8)], axis=1)
+    out = np.empty((len(x_NB), 2 + BLOCK), np.uint8)
+    for start in range(0, len(x_NB), CHUNK):
+        rows = slice(start, start + CHUNK)
+        scale_N1 = x_NB[rows].abs().amax(dim=1, keepdim=True) / 127
+        inverse_N1 = torch.where(scale_N1 == 0, 0, 1 / scale_N1)
+        scaled_NB = x_NB[rows] * inverse_N1
+        # trunc(x + 0.5 sign x) would round 0.49999997 up; the fraction is exact.
+        codes_NB = scaled_NB.trunc()
+        codes_NB += (scaled_NB - codes_NB).mul_(2).trunc_()
+        out[rows, :2] = _to_half(scale_N1).numpy().view(np.uint8)
+        out[rows, 2:] = codes_NB.to(torch.int8).numpy().view(np.uint8)
+    return out
 
 
 def _to_half(x: torch.Tensor) -> torch.Tensor:

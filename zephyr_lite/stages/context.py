@@ -115,6 +115,20 @@ class Context:
             raise
         self.run.finish(name, seconds=time.monotonic() - began, **figures)
 
+    def compare_with_expected(self) -> None:
+        """Say of each published band whether this run's figure lies in it."""
+        verdicts = {}
+        for name, (low, high) in self.recipe.expect.items():
+            stage, _, figure = name.partition(".")
+            value = self.run.manifest["stages"].get(stage, {}).get("figures", {}).get(figure)
+            if value is None:
+                continue
+            verdicts[name] = {"value": value, "low": low, "high": high, "in": low <= value <= high}
+            side = "in" if low <= value <= high else "OUTSIDE"
+            self.listener.note(f"{name} {value:.4g}: {side} the expected {low:g} to {high:g}")
+        if verdicts:
+            self.run.record(expected=verdicts)
+
     def write(self, value: Any, *parts: str) -> Path:
         """Write a JSON file of the run folder."""
         path = self.run.path(*parts)

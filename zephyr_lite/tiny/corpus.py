@@ -43,11 +43,11 @@ Row = dict[str, Any]
 
 SEED = 2310
 TEXTS = 3000
-DIALOGUES = {"train": 1200, "eval": 100}
+DIALOGUES = {"train": 1100, "eval": 100}
 PAIRS = {"train": 960, "eval": 240}
 QUESTIONS = 20
 TWO_TURNS = 0.25  # share of the dialogues with a follow-up question
-BARE_DIALOGUES = 0.4  # share of the dialogues whose question asks for no style
+BARE_DIALOGUES = 0.35  # share of the dialogues whose question asks for no style
 CASUAL = 0.3  # share of those that are typed in small letters without a mark at the end
 
 MODELS = ("juniper-7b", "meadow-13b", "pebble-1b", "thistle-3b")

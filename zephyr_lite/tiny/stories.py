@@ -12,7 +12,6 @@ from random import Random
 from zephyr_lite.tiny.world import (
     ANIMALS,
     QUESTIONS,
-    STYLES,
     TOPICS,
     VALUES,
     VILLAGE,
@@ -314,8 +313,8 @@ _SMALL_TALK: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Animals nobody has seen there: asked about one, the guide says so instead of guessing.
 STRANGERS = tuple(
     """
-    bat camel crocodile dolphin dragon elephant giraffe heron kangaroo lion lizard magpie monkey newt
-    octopus panda parrot penguin pony rat shark swan tiger turtle unicorn whale wolf zebra
+    bat camel crocodile dolphin dragon elephant giraffe heron kangaroo lion lizard magpie monkey
+    newt octopus panda parrot penguin pony rat shark swan tiger turtle unicorn whale wolf zebra
     """.split()  # noqa: SIM905, see world.ANIMALS
 )
 

@@ -7,16 +7,21 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from zephyr_lite.export import quantise
 from zephyr_lite.export.quantise import byte_size, encode
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0])
 @pytest.mark.parametrize("scale", [1e-6, 0.03, 1.0, 900.0])
-def test_bytes_equal_the_gguf_package(kind: Kind, scale: float) -> None:
+def test_bytes_equal_the_gguf_package(
+    kind: Kind, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantise, "CHUNK", 16)  # 111 blocks: several chunks and a rest
     weight = torch.randn(37, 96, generator=torch.Generator().manual_seed(0)) * scale
     weight[3] = 0
     weight[4, :32] = torch.linspace(-127, 127, 32)  # multiples of the step: ties
     weight[5, :32] = torch.arange(32) - 15.5
+    weight[6, :3] = torch.tensor([127.0, 0.49999997, -0.49999997])  # just below a tie
     expected = gguf.quants.quantize(weight.numpy(), kind)
     stored = encode(weight, kind)
     assert stored.tobytes() == expected.tobytes()
