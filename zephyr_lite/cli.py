@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +16,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zephyr_lite import __version__
-from zephyr_lite.errors import MachineError, RecipeError, Stopped, ZephyrError
+from zephyr_lite.errors import MachineError, RecipeError, Stopped, StorageError, ZephyrError
+from zephyr_lite.stopping import RESUME, Stop
 
 if TYPE_CHECKING:
+    from zephyr_lite.recipe import Base, Recipe
     from zephyr_lite.stages.context import Context
+
+SMALL_BYTES = 2 << 30  # weights that a CPU can train in hours
 
 app = typer.Typer(
     help="Zephyr on one GPU you own: dSFT, AI feedback, dDPO and GGUF export from one recipe.",
@@ -25,15 +31,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 recipes_app = typer.Typer(help="List, show and copy recipes.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 
-RecipeName = Annotated[str, typer.Argument(metavar="[RECIPE]", help="A built-in name or a file.")]
-RunDir = Annotated[Path | None, typer.Option("--run", help="Run folder [runs/NAME].")]
-SetField = Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. dpo.beta=0.05.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in name or a file.")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Run folder [runs/NAME].")
+]
+SetField = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. dpo.beta=0.05."),
+]
 Json = Annotated[bool, typer.Option("--json", help="NDJSON events on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only what must be known.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no connection.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")]
 
@@ -45,7 +57,9 @@ def run(
 ) -> None:  # fmt: skip
     """Do every stage that is not done yet, from base model to GGUF."""
     began = time.monotonic()
-    with _context(recipe, run_dir, set_field, json, quiet, offline, device) as ctx:
+    with _context(
+        recipe, run_dir, set_field, json, quiet, offline, device, needs="sft or dpo"
+    ) as ctx:
         from zephyr_lite.stages import aif, dpo, export, sft
 
         sft.run(ctx)
@@ -54,7 +68,9 @@ def run(
         export.run(ctx)
         ctx.compare_with_expected()
         minutes = (time.monotonic() - began) / 60
-        ctx.listener.note(f"done in {minutes:.1f} min; talk to it: zephyr-lite chat {recipe}")
+        where = f" --run {run_dir}" if run_dir else ""
+        chat = f"zephyr-lite chat {recipe}{where}"
+        ctx.listener.note(f"done in {minutes:.1f} min; talk to it: {chat}")
 
 
 @app.command()
@@ -63,10 +79,9 @@ def sft(
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
 ) -> None:  # fmt: skip
     """dSFT: fine-tune on the teacher's dialogues."""
-    with _context(recipe, run_dir, set_field, json, quiet, offline, device) as ctx:
+    with _context(recipe, run_dir, set_field, json, quiet, offline, device, needs="sft") as ctx:
         from zephyr_lite.stages import sft as stage
 
-        _need(ctx.recipe.sft, recipe, "sft")
         stage.run(ctx)
 
 
@@ -75,11 +90,12 @@ def aif(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
 ) -> None:  # fmt: skip
-    """AI feedback becomes preference pairs, with a report of what was dropped and why."""
-    with _context(recipe, run_dir, set_field, json, quiet, offline, device) as ctx:
+    """AI feedback: make preference pairs and report what was dropped."""
+    with _context(
+        recipe, run_dir, set_field, json, quiet, offline, device, needs="data.feedback"
+    ) as ctx:
         from zephyr_lite.stages import aif as stage
 
-        _need(ctx.recipe.data.feedback, recipe, "data.feedback")
         stage.run(ctx)
 
 
@@ -89,11 +105,10 @@ def ref(
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
 ) -> None:  # fmt: skip
     """Reference log-probs, once (dpo runs it when they are missing)."""
-    with _context(recipe, run_dir, set_field, json, quiet, offline, device) as ctx:
+    with _context(recipe, run_dir, set_field, json, quiet, offline, device, needs="dpo") as ctx:
         from zephyr_lite.stages import aif, reference
         from zephyr_lite.stages import sft as parent
 
-        _need(ctx.recipe.dpo, recipe, "dpo")
         for stage in (parent, aif, reference):
             stage.run(ctx)
 
@@ -103,13 +118,12 @@ def dpo(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
 ) -> None:  # fmt: skip
-    """dDPO: preference optimisation against the SFT model (runs what it needs first)."""
-    with _context(recipe, run_dir, set_field, json, quiet, offline, device) as ctx:
+    """dDPO: preference optimisation (runs what it needs first)."""
+    with _context(recipe, run_dir, set_field, json, quiet, offline, device, needs="dpo") as ctx:
         from zephyr_lite.stages import aif
         from zephyr_lite.stages import dpo as stage
         from zephyr_lite.stages import sft as parent
 
-        _need(ctx.recipe.dpo, recipe, "dpo")
         for each in (parent, aif, stage):
             each.run(ctx)
 
@@ -117,19 +131,20 @@ def dpo(
 @app.command()
 def export(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
-    gguf: Annotated[bool, typer.Option("--gguf", help="Write GGUF (q8_0 unless --quant).")] = True,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write GGUF (always done).")] = True,
     quant: Annotated[list[str] | None, typer.Option("--quant", help="f32, f16 or q8_0.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Also merged safetensors.")] = False,
     stage: Annotated[str | None, typer.Option("--stage", help="dpo or sft.")] = None,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Fold the adapter in, write GGUF, load it in llama.cpp and compare."""
+    """Fold the adapter in, write GGUF, compare it in llama.cpp."""
+    _check_choice("--stage", stage, (None, "dpo", "sft"))
     overrides = list(set_field or [])
     if quant:
         overrides.append(f"export.quants=[{', '.join(quant)}]")
     if merged:
         overrides.append("export.merged=true")
-    with _context(recipe, run_dir, overrides, json, quiet, offline, device) as ctx:
+    with _context(recipe, run_dir, overrides, json, quiet, offline, device, must_exist=True) as ctx:
         from zephyr_lite.stages import export as work
 
         ctx.run.forget("export")
@@ -145,8 +160,11 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     offline: Offline = False, device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Talk to the result: the exported file, or a stage with --stage."""
-    with _context(recipe, run_dir, set_field, False, True, offline, device, must_exist=True) as ctx:
+    """Talk to the exported file, or to a stage with --stage."""
+    _check_choice("--stage", stage, (None, "dpo", "sft", "base"))
+    with _context(
+        recipe, run_dir, set_field, False, True, offline, device, must_exist=True, trains=False
+    ) as ctx:
         from zephyr_lite.stages import chat as work
 
         work.run(ctx, stage, prompt, max_tokens, temperature)
@@ -159,13 +177,15 @@ def recipes(context: typer.Context) -> None:
         return
     from zephyr_lite import recipe_file
 
-    for name in recipe_file.built_in():
-        typer.echo(f"{name:24} {recipe_file.load(name).description}")
+    found = {name: recipe_file.load(name) for name in recipe_file.built_in()}
+    width = max(map(len, found), default=0)
+    for name, recipe in found.items():
+        typer.echo(f"{name:{width}}  {recipe.description}")
 
 
 @recipes_app.command("show")
 def show_recipe(name: str, set_field: SetField = None, resolved: bool = False) -> None:
-    """Print a recipe as it is written, or every value of it with --resolved."""
+    """Print a recipe as written, or with --resolved every value."""
     from zephyr_lite import recipe_file
 
     if not (resolved or set_field):
@@ -179,14 +199,20 @@ def show_recipe(name: str, set_field: SetField = None, resolved: bool = False) -
 
 @recipes_app.command("copy")
 def copy_recipe(name: str, to: Annotated[Path | None, typer.Argument()] = None) -> None:
-    """Write a recipe into the current folder to edit."""
+    """Write a recipe into the current folder, or where you say, to edit."""
     from zephyr_lite import recipe_file
 
     source = recipe_file.find(name)
     target = to or Path(source.name)
-    if target.exists():
-        raise RecipeError(f"{target} exists already", hint="give another file name")
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    if target.is_dir():
+        target /= source.name
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError(f"{target} exists already", hint="give another file name") from None
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
     typer.echo(f"{target}; edit it and run: zephyr-lite run {target}")
 
 
@@ -200,6 +226,23 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=1))
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """What stands before a command."""
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -209,26 +252,32 @@ def version() -> None:
 @contextmanager
 def _context(
     name: str, run_dir: Path | None, overrides: list[str] | None,
-    json: bool, quiet: bool, offline: bool, device: str, *, must_exist: bool = False,
+    json: bool, quiet: bool, offline: bool, device: str,
+    *, needs: str | None = None, must_exist: bool = False, trains: bool = True,
 ) -> Iterator[Context]:  # fmt: skip
-    """Recipe, run folder, device, signals and progress of one command."""
+    """Recipe, run folder, device, signals and progress of one command.
+
+    Args:
+        needs: a section that the recipe must have, or several joined by " or ".
+        must_exist: the run folder must be there already. trains: a large base needs a GPU.
+    """
     from zephyr_lite import recipe_file
     from zephyr_lite.run import Run, default_folder
 
+    _check_choice("--device", device, ("auto", "cuda", "cpu"))
     recipe = recipe_file.load(name, tuple(overrides or ()))
+    if needs:
+        _check_section(recipe, needs)
     folder = run_dir or default_folder(recipe)
     if must_exist and not folder.is_dir():
         raise RecipeError(f"{folder} does not exist", hint=f"zephyr-lite run {name}")
     if offline:
         _stay_offline()
-    chosen = _choose_device(
-        device, needs_gpu=recipe.base.build is None and not _is_local(recipe.base.model)
-    )
+    chosen = _choose_device(device, needs_gpu=trains and _needs_gpu(recipe.base))
     import torch
 
     from zephyr_lite.report.progress import JsonProgress, QuietProgress, TerminalProgress
     from zephyr_lite.stages.context import Context
-    from zephyr_lite.stopping import Stop
 
     listener = JsonProgress() if json else QuietProgress() if quiet else TerminalProgress()
     stop = Stop()
@@ -250,9 +299,7 @@ def _prepare_libraries() -> None:
 
 
 def _choose_device(asked: str, *, needs_gpu: bool) -> str:
-    """`cuda` or `cpu`. Raises: MachineError for a hub model without a GPU."""
-    if asked not in ("auto", "cuda", "cpu"):
-        raise RecipeError(f"--device {asked}: must be auto, cuda or cpu")
+    """`cuda` or `cpu`. Raises: MachineError where a GPU is needed or asked for and is not there."""
     has_gpu = False
     if asked != "cpu":
         import torch
@@ -268,8 +315,14 @@ def _choose_device(asked: str, *, needs_gpu: bool) -> str:
     return "cuda" if has_gpu else "cpu"
 
 
-def _is_local(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or Path(model).is_dir()
+def _needs_gpu(base: Base) -> bool:
+    """Whether this base is too large for a CPU: a hub model, or a folder of large weights."""
+    if base.build is not None:
+        return False
+    folder = Path(base.model).expanduser()
+    if folder.is_dir():
+        return sum(f.stat().st_size for f in folder.glob("*.safetensors")) > SMALL_BYTES
+    return not base.model.startswith((".", "/", "~"))
 
 
 def _stay_offline() -> None:
@@ -278,22 +331,60 @@ def _stay_offline() -> None:
         os.environ[name] = "1"
 
 
-def _need(section: object, name: str, key: str) -> None:
-    if section is None:
-        raise RecipeError(f"recipe {name} has no section {key}")
+def _check_choice(option: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        names = ", ".join(choice for choice in choices if choice)
+        raise RecipeError(f"{option} {value}: must be one of {names}")
+
+
+def _check_section(recipe: Recipe, needs: str) -> None:
+    if all(operator.attrgetter(key)(recipe) is None for key in needs.split(" or ")):
+        raise RecipeError(f"recipe {recipe.name} has no section {needs}: there is nothing to do")
 
 
 def main(arguments: list[str] | None = None, invoke: Callable[..., object] = app) -> None:
-    """Entry point: our errors become one line, a hint and an exit code."""
-    _prepare_libraries()
+    """Entry point: an error becomes one line, a hint and an exit code, never a traceback.
+
+    ZEPHYR_LITE_DEBUG=1 shows the traceback too.
+    """
     try:
-        invoke(arguments)
-    except ZephyrError as error:
-        label = "stopped" if isinstance(error, Stopped) else "error"
-        print(f"{label}: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _prepare_libraries()
+        with Stop().installed():
+            invoke(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("ZEPHYR_LITE_DEBUG") == "1":
+            traceback.print_exception(error)
+        ours = error if isinstance(error, ZephyrError) else _as_ours(error)
+        label = "stopped" if isinstance(ours, Stopped) else "error"
+        print(f"{label}: {ours}", file=sys.stderr)
+        if ours.hint:
+            print(f"hint: {ours.hint}", file=sys.stderr)
+        sys.exit(ours.exit_code)
+
+
+def _as_ours(error: BaseException) -> ZephyrError:
+    """What Python or a library raised, in our family: a signal, memory, I/O, else a bug."""
+    inner: BaseException | None = error
+    while inner is not None:  # a library may have wrapped what our signal handler raised
+        if isinstance(inner, Stopped):
+            return inner
+        if isinstance(inner, KeyboardInterrupt):
+            return Stopped("stopped", exit_code=130, hint=RESUME)
+        inner = inner.__cause__ or inner.__context__
+    text = next(iter(str(error).splitlines()), "")[:200]
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or "can't allocate memory" in text:
+        hint = "lower memory.tokens_per_micro_batch, or set memory.checkpointing=full"
+        return MachineError(f"out of memory: {text}", hint=hint)
+    if isinstance(error, OSError):
+        return StorageError(text)
+    package = Path(__file__).parent
+    frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    ours = [f"{p.relative_to(package)}:{n}" for p, n in frames if p.is_relative_to(package)]
+    return ZephyrError(
+        f"unexpected {type(error).__name__}: {text} (at {' > '.join(ours[-3:])})",
+        hint="this is a bug, please report it; ZEPHYR_LITE_DEBUG=1 shows the whole traceback",
+    )
 
 
 if __name__ == "__main__":

@@ -14,19 +14,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+# Sections that a plain string is short for, and the key that it stands for.
+SHORT_FORMS = {"base": "model", "train": "path", "eval": "path"}
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Section(BaseModel):
     """A frozen part of the recipe; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 def _how(default: Any, description: str, **limits: Any) -> Any:
     """A field that changes how a stage runs, never what it computes."""
-    extra = {"affects_result": False}
-    return Field(default, description=description, json_schema_extra=extra, **limits)
+    return Field(
+        default, description=description, json_schema_extra={"affects_result": False}, **limits
+    )
 
 
 class Source(Section):
@@ -40,7 +45,7 @@ class Source(Section):
 
 
 def _as_source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+    return {SHORT_FORMS["train"]: value} if isinstance(value, str) else value
 
 
 def _as_list(value: Any) -> Any:
@@ -48,11 +53,14 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_base(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
+    return {SHORT_FORMS["base"]: value} if isinstance(value, str) else value
 
 
+# The input types are what the JSON schema shows: editors accept the short forms too.
+_Source = Annotated[Source, BeforeValidator(_as_source, json_schema_input_type=str | Source)]
 Sources = Annotated[
-    tuple[Annotated[Source, BeforeValidator(_as_source)], ...], BeforeValidator(_as_list)
+    tuple[_Source, ...],
+    BeforeValidator(_as_list, json_schema_input_type=str | Source | list[str | Source]),
 ]
 
 
@@ -86,10 +94,10 @@ class Feedback(Split):
 class Data(Section):
     """Everything read from outside."""
 
-    dialogues: Split | None = Field(None, description="Dialogues for dSFT.")
-    feedback: Feedback | None = Field(None, description="AI feedback for dDPO.")
+    dialogues: Split | None = Field(default=None, description="Dialogues for dSFT.")
+    feedback: Feedback | None = Field(default=None, description="AI feedback for dDPO.")
     on_fault: Literal["stop", "drop"] = Field(
-        "stop",
+        default="stop",
         description="A faulty row (empty answer, chosen == rejected, ...) stops the run with file "
         "and line, or is dropped and counted in the report.",
     )
@@ -98,10 +106,34 @@ class Data(Section):
 class Lora(Section):
     """A LoRA adapter (arXiv 2106.09685)."""
 
-    r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(16, gt=0, description="Scale numerator: the update is alpha / r * B A.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, fraction.")
-    targets: tuple[str, ...] = Field(ALL_LINEARS, description="Names of the linears that get one.")
+    r: int = Field(default=16, ge=1, description="Rank.")
+    alpha: float = Field(
+        default=16, gt=0, description="Scale numerator: the update is alpha / r * B A."
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout on the adapter's input, fraction."
+    )
+    targets: tuple[str, ...] = Field(
+        default=ALL_LINEARS, description="Names of the linears that get one."
+    )
+
+
+# Of their own, so that `lora: {r: 8}` in a recipe keeps the stage's other defaults.
+class SftLora(Lora):
+    """The SFT adapter, as published."""
+
+    dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="Dropout on the adapter's input, fraction."
+    )
+
+
+class DpoLora(Lora):
+    """The DPO adapter, as published."""
+
+    r: int = Field(default=128, ge=1, description="Rank.")
+    alpha: float = Field(
+        default=128, gt=0, description="Scale numerator: the update is alpha / r * B A."
+    )
 
 
 class Training(Section):
@@ -168,7 +200,7 @@ class Sft(Training):
     loss_on: Literal["all", "assistant"] = Field(
         "all", description="Tokens that carry loss: every token (as published) or answers only."
     )
-    lora: Lora = Field(Lora(r=16, alpha=16, dropout=0.05), description="The SFT adapter.")
+    lora: SftLora = Field(SftLora(), description="The SFT adapter.")
 
 
 class Dpo(Training):
@@ -193,7 +225,7 @@ class Dpo(Training):
     max_prompt_length: int = Field(
         512, ge=4, description="Tokens of prompt kept (its end) where max_length is exceeded."
     )
-    lora: Lora = Field(Lora(r=128, alpha=128), description="The DPO adapter (`stacked` only).")
+    lora: DpoLora = Field(DpoLora(), description="The DPO adapter (`stacked` only).")
 
     @model_validator(mode="after")
     def _prompt_fits(self) -> Dpo:
@@ -220,15 +252,20 @@ class Export(Section):
     """What the user takes home."""
 
     quants: tuple[Literal["f32", "f16", "q8_0"], ...] = Field(
-        ("q8_0",), min_length=1, description="GGUF types to write."
+        default=("q8_0",), min_length=1, description="GGUF types to write."
     )
-    merged: bool = Field(False, description="Also write merged safetensors.")
+    merged: bool = Field(default=False, description="Also write merged safetensors.")
     verify_prompts: int = Field(
-        20, ge=1, description="Held-out prompts over which each file is compared with the model."
+        default=20,
+        ge=1,
+        description="Held-out prompts over which each file is compared with the model.",
     )
-    verify_tokens: int = Field(64, ge=1, description="Positions compared per prompt, tokens.")
+    verify_tokens: int = Field(
+        default=64, ge=1, description="Positions compared per prompt, tokens."
+    )
     questions: str | None = Field(
-        None, description="JSONL of {prompt, accept: regex} that the exported file must answer."
+        default=None,
+        description="JSONL of {prompt, accept: regex} that the exported file must answer.",
     )
 
 
@@ -240,7 +277,9 @@ class Recipe(Section):
     )
     description: str = Field("", description="One sentence shown by `zephyr-lite recipes`.")
     seed: int = Field(42, ge=0, description="Seed of data order, adapters, dropout and draws.")
-    base: Annotated[Base, BeforeValidator(_as_base)] = Field(description="The base model.")
+    base: Annotated[Base, BeforeValidator(_as_base, json_schema_input_type=str | Base)] = Field(
+        description="The base model."
+    )
     data: Data = Field(Data(), description="Dialogues and feedback.")
     sft: Sft | None = Field(None, description="dSFT.")
     dpo: Dpo | None = Field(None, description="dDPO.")
@@ -252,11 +291,16 @@ class Recipe(Section):
     )
 
     @model_validator(mode="after")
-    def _stages_have_data(self) -> Recipe:
+    def _parts_agree(self) -> Recipe:
         if self.sft and not self.data.dialogues:
             raise ValueError("sft needs data.dialogues")
         if self.dpo and not self.data.feedback:
             raise ValueError("dpo needs data.feedback")
+        for name, (low, high) in self.expect.items():
+            if low > high:
+                raise ValueError(
+                    f"expect.{name}: the band's low end {low} is above its high {high}"
+                )
         return self
 
 

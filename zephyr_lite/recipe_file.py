@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import sys
@@ -10,22 +11,50 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from zephyr_lite.errors import RecipeError
-from zephyr_lite.recipe import Recipe
+from zephyr_lite.errors import RecipeError, StorageError
+from zephyr_lite.recipe import SHORT_FORMS, Recipe
 
 MAX_BYTES = 1 << 20
+PLAIN_TEXT = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `5e-6` as a string; everybody who writes it means a number."""
+    """YAML without what a recipe is better off without.
+
+    Refused: anchors and aliases, a key given twice (PyYAML takes the last one). Plain text: dates
+    and merge keys. A number: `5e-6`, which is text in YAML 1.1; everybody who writes it means one.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """PyYAML's, without anchors and aliases."""
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            problem = "anchors (&) and aliases (*) are not accepted"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """PyYAML's, without keys given twice."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in lines:
+                problem = f"the key {name!r:.60} stands twice, first in line {lines[name]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[name] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in PLAIN_TEXT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -45,109 +74,214 @@ def built_in() -> dict[str, Path]:
 
 
 def find(name: str | Path) -> Path:
-    """The file of a recipe given by name or path."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise RecipeError(f"recipe file {path} does not exist", hint="zephyr-lite recipes")
+    """The file of a recipe given by name or path; a built-in name wins over a file or folder."""
+    names, path = built_in(), Path(name)
+    if str(name) in names:
+        return names[str(name)]
+    if path.is_file():
         return path
-    names = built_in()
-    if str(name) not in names:
-        near = difflib.get_close_matches(str(name), names, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"built-in: {', '.join(names) or 'none'}"
-        raise RecipeError(f"there is no recipe named {name!r}", hint=hint)
-    return names[str(name)]
+    if path.suffix in (".yaml", ".yml"):
+        what = "is not a file" if path.exists() else "does not exist"
+        raise RecipeError(
+            f"recipe file {path} {what}", hint="zephyr-lite recipes lists built-in ones"
+        )
+    near = difflib.get_close_matches(str(name), names, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"built-in: {', '.join(names) or 'none'}"
+    raise RecipeError(f"there is no recipe named {str(name)!r}", hint=hint)
 
 
 def load(name: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a built-in recipe or a file and apply `a.b=c` overrides.
 
-    Raises: RecipeError with file, line, the key and the nearest right name.
+    Raises: RecipeError with file and line (or the `--set` at fault), the key and the nearest right
+        name; StorageError when the file cannot be read.
     """
     file = find(name)
     tree, node = _read(file)
-    for override in overrides:
-        _override(tree, override)
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(_overridden(tree, overrides))
     except ValidationError as error:
-        raise _explain(error, file, node) from None
+        first = _ranked(error)[0]
+    if _key(first) not in map(_key, _faults(tree)):
+        raise _explain(first, _culprits(first, tree, overrides))
+    raise _explain(first, f"{file}:{_line(node, _loc(first))}")
 
 
 def parse(text: str) -> Any:
-    """One YAML value, with `5e-6` a number."""
-    return yaml.load(text, _Loader)
+    """One YAML value, with `5e-6` a number. Raises: yaml.YAMLError, ValueError, RecursionError."""
+    return _parse(text)[0]
+
+
+def _parse(text: str) -> tuple[Any, yaml.Node | None]:
+    """A value, and the nodes that know its lines."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
+    finally:
+        loader.dispose()
 
 
 def _read(file: Path) -> tuple[dict[str, Any], yaml.Node]:
-    if file.stat().st_size > MAX_BYTES:
-        raise RecipeError(f"{file}: larger than {MAX_BYTES} bytes; this is not a recipe")
     try:
-        text = file.read_text(encoding="utf-8")
-        if re.search(
-            r"(?m)(^|[\s:\[,-])[&*][A-Za-z0-9_]+", re.sub(r"#.*|'[^']*'|\"[^\"]*\"", "", text)
-        ):
-            raise RecipeError(f"{file}: YAML anchors and aliases are not accepted in a recipe")
-        tree, node = parse(text), yaml.compose(text, _Loader)
+        if file.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{file}: larger than {MAX_BYTES} bytes; this is not a recipe")
+        text = file.read_text(encoding="utf-8-sig")
+        tree, node = _parse(text)
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not UTF-8 at byte {error.start}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{file}:{line}: not YAML: {error.problem}") from None
+        twice = "stands twice" in str(error.problem)
+        hint = None if twice else "indent with spaces; put text with special signs in quotes"
+        raise RecipeError(f"{file}:{line}: not YAML: {error.problem}", hint=hint) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{file}: not YAML: {_reason(error)}") from None
     if not isinstance(tree, dict) or node is None:
         raise RecipeError(f"{file}: a recipe is a mapping of keys to values")
     return tree, node
 
 
+def _reason(error: Exception) -> str:
+    """A parser's complaint as one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return " ".join(str(text).split())[:200]
+
+
+def _overridden(tree: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    """A copy of the tree with the overrides in it."""
+    changed = copy.deepcopy(tree)
+    for override in overrides:
+        _override(changed, override)
+    return changed
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
+    """Put the value of `a.b=c` into the tree."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(
-            f"--set {override}: not of the form a.b=value", hint="--set dpo.beta=0.05"
-        )
-    *parents, leaf = key.strip().split(".")
-    for name in parents:
-        child = tree.get(name)
-        if isinstance(child, str) and name == "base":
-            child = {"model": child}
-        tree[name] = child if isinstance(child, dict) else {}
-        tree = tree[name]
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        message = f"--set {override}: not of the form a.b=value"
+        raise RecipeError(message, hint="--set dpo.beta=0.05")
     try:
-        tree[leaf] = parse(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: value is not YAML ({error})") from None
+        value = parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        message = f"--set {override}: the value is not YAML: {_reason(error)}"
+        raise RecipeError(message, hint="put text in quotes: --set 'a.b=\"text\"'") from None
+    parent: Any = tree
+    for name in path[:-1]:
+        at = _position(parent, name, override)
+        parent[at] = _opened(name, parent[at] if at in _places(parent) else None, override)
+        parent = parent[at]
+    parent[_position(parent, path[-1], override)] = value
 
 
-def _explain(error: ValidationError, file: Path, node: yaml.Node) -> RecipeError:
-    """The first validation error as one line a person can act on."""
-    first = error.errors()[0]
-    loc = [str(part) for part in first["loc"]]
-    dotted = ".".join(loc) or "recipe"
-    line = _line(node, loc)
-    place = f"{file}:{line}" if line else f"{file} (with --set)"
-    if first["type"] == "extra_forbidden":
+def _places(parent: dict[str, Any] | list[Any]) -> Any:
+    return parent if isinstance(parent, dict) else range(len(parent))
+
+
+def _position(parent: dict[str, Any] | list[Any], name: str, override: str) -> Any:
+    """Key of a mapping as it is, of a list as a number."""
+    if isinstance(parent, dict):
+        return name
+    if name.isdigit() and int(name) < len(parent):
+        return int(name)
+    hint = f"it has {len(parent)} entries: say which, from 0, as in train.0.limit"
+    raise RecipeError(f"--set {override}: a list has no {name!r}", hint=hint)
+
+
+def _opened(name: str, child: Any, override: str) -> dict[str, Any] | list[Any]:
+    """A section to set something in: there already, new, or written out from its short form."""
+    if child is None:
+        return {}
+    if isinstance(child, str) and (name in SHORT_FORMS or name.isdigit()):
+        return {SHORT_FORMS.get(name, "path"): child}
+    if isinstance(child, (dict, list)):
+        return child
+    raise RecipeError(f"--set {override}: {name} is {child!r:.60}, not a section")
+
+
+def _ranked(error: ValidationError) -> list[ErrorDetails]:
+    """Errors, unknown keys first: a misspelt key is also a missing one, and says more."""
+    return sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+
+
+def _faults(tree: dict[str, Any], overrides: tuple[str, ...] = ()) -> list[ErrorDetails]:
+    """What is wrong with the file alone, or under some of the overrides."""
+    try:
+        Recipe.model_validate(_overridden(tree, overrides))
+    except ValidationError as error:
+        return _ranked(error)
+    except RecipeError:  # an override that builds upon one that is left out here
+        pass
+    return []
+
+
+def _key(error: ErrorDetails) -> tuple[Any, ...]:
+    """What makes two errors the same one."""
+    value = error["input"]
+    seen = None if isinstance(value, (dict, list)) else repr(value)
+    return error["type"], error["loc"], error["msg"], seen
+
+
+def _loc(error: ErrorDetails) -> list[str]:
+    return [str(part) for part in error["loc"]]
+
+
+def _culprits(error: ErrorDetails, tree: dict[str, Any], overrides: tuple[str, ...]) -> str:
+    """The `--set` arguments without which the error is not there; all where no single one is."""
+    guilty = []
+    for at, override in enumerate(overrides):
+        others = (*overrides[:at], *overrides[at + 1 :])
+        if _key(error) not in map(_key, _faults(tree, others)):
+            guilty.append(override)
+    return " ".join(f"--set {override}" for override in guilty or overrides)
+
+
+def _explain(error: ErrorDetails, place: str) -> RecipeError:
+    """A validation error as one line a person can act on."""
+    loc = _loc(error)
+    dotted = ".".join(loc)
+    if error["type"] == "extra_forbidden":
         known = _names(loc[:-1])
-        near = difflib.get_close_matches(loc[-1], known, 1, 0.4)
-        hint = f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"known: {known}"
+        near = _abbreviated(loc[-1], known) or difflib.get_close_matches(loc[-1], known, 1, 0.4)
+        right = ".".join([*loc[:-1], *near])
+        hint = f"did you mean {right}?" if near else f"known: {', '.join(known)}"
         return RecipeError(f"{place}: unknown key {dotted}", hint=hint)
-    if first["type"] == "missing":
+    if error["type"] == "missing":
         return RecipeError(f"{place}: key {dotted} is missing")
-    message = first["msg"].removeprefix("Value error, ")
-    seen = "" if isinstance(first["input"], (dict, list)) else f" (got {first['input']!r})"
-    return RecipeError(f"{place}: {dotted}: {message}{seen}")
+    if error["type"] == "model_type":
+        return RecipeError(
+            f"{place}: {dotted} must be a section of keys (got {error['input']!r:.60})"
+        )
+    message = error["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
+    message = message.replace("Input should be", "must be", 1)
+    subject = f"{dotted}: " if dotted else ""
+    seen = "" if isinstance(error["input"], (dict, list)) else f" (got {error['input']!r:.60})"
+    is_word = error["type"] == "string_type" and isinstance(error["input"], bool)
+    hint = "YAML reads yes, no, on and off as true and false: use quotes" if is_word else None
+    return RecipeError(f"{place}: {subject}{message}{seen}", hint=hint)
 
 
-def _line(node: yaml.Node, loc: list[str]) -> int | None:
-    """1-based line of the deepest node along `loc`; None when the key is not in the file."""
+def _abbreviated(key: str, names: list[str]) -> list[str]:
+    """The name that `key` abbreviates: lr is learning_rate."""
+    return [n for n in names if "".join(word[0] for word in n.split("_")) == key][:1]
+
+
+def _line(node: yaml.Node, loc: list[str]) -> int:
+    """1-based line of the deepest part of `loc` that the file has."""
     line = node.start_mark.line + 1
-    for depth, part in enumerate(loc):
+    for part in loc:
         if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if key.value == part:
-                    line, node = key.start_mark.line + 1, value
-                    break
-            else:
-                return line if depth == len(loc) - 1 and len(loc) > 1 else None
+            found = next(((k, v) for k, v in node.value if k.value == part), None)
+            if found is not None:
+                line, node = found[0].start_mark.line + 1, found[1]
+            elif not part.isdigit():  # one source stands for a list of one
+                break
         elif isinstance(node, yaml.SequenceNode) and part.isdigit():
             node = node.value[int(part)]
             line = node.start_mark.line + 1
@@ -158,6 +292,8 @@ def _names(path: list[str]) -> list[str]:
     """Field names of the section at `path`."""
     section: Any = Recipe
     for part in path:
+        if part.isdigit():
+            continue
         field = getattr(section, "model_fields", {}).get(part)
         section = None if field is None else _section_of(field.annotation)
     return list(getattr(section, "model_fields", {}))

@@ -27,7 +27,9 @@ import yaml
 from zephyr_lite import __version__
 from zephyr_lite.errors import LockedError, RecipeError, StorageError
 from zephyr_lite.recipe import Recipe, result_fields
-from zephyr_lite.storage import digest, read_json, sweep, write_json
+from zephyr_lite.storage import digest, read_json, sweep, write_json, write_text
+
+STAGES = ("sft", "aif", "reference", "dpo", "export")
 
 
 @dataclass
@@ -41,17 +43,14 @@ class Run:
     _lock: int | None = None
 
     def __enter__(self) -> Run:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{self.folder}: cannot be created: {error}") from None
         self._take_lock()
-        for parent in (self.folder, *(self.folder / s for s in ("sft", "aif", "dpo", "export"))):
-            sweep(parent)
-        if self.path("manifest.json").exists():
-            self.manifest = read_json(self.path("manifest.json"))
-        self.manifest |= {"zephyr_lite": __version__, "name": self.recipe.name}
-        self.manifest.setdefault("stages", {})
+        try:
+            for parent in (self.folder, *(self.folder / stage for stage in STAGES)):
+                sweep(parent)
+            self._read_manifest()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,12 +63,9 @@ class Run:
         return self.folder.joinpath(*parts)
 
     def record(self, **entries: Any) -> None:
-        """Put entries into the manifest and save it and the resolved recipe."""
+        """Put entries into the manifest and save it."""
         self.manifest |= entries
-        self.manifest["recipe"] = self.recipe.model_dump(mode="json")
         write_json(self.path("manifest.json"), self.manifest)
-        text = yaml.safe_dump(self.manifest["recipe"], sort_keys=False, allow_unicode=True)
-        self.path("recipe.yaml").write_text(text, encoding="utf-8")
 
     def fields(self, *names: str) -> dict[str, Any]:
         """Fields of the recipe that affect results, below the given dotted names."""
@@ -81,12 +77,15 @@ class Run:
     def is_done(self, stage: str, inputs: dict[str, Any]) -> bool:
         """Whether a stage was finished from these inputs.
 
-        Raises: RecipeError with a diff when it was begun from other inputs.
+        Raises: RecipeError with a diff when work done from other inputs is kept here: a result, or
+            a checkpoint. What was stopped before that (a faulty row, say) binds nobody.
         """
         entry = self.manifest["stages"].get(stage)
         if entry is None:
             return False
         if entry["fingerprint"] != digest(inputs):
+            if not self._keeps_work(stage):
+                return False
             raise RecipeError(
                 f"{self.folder}: stage {stage} was run with another recipe or other data:\n"
                 + _diff(entry["inputs"], inputs),
@@ -95,10 +94,21 @@ class Run:
         return entry.get("finished") is not None
 
     def begin(self, stage: str, inputs: dict[str, Any]) -> None:
-        """Note that a stage has begun; keeps the first start when it resumes."""
-        entry = self.manifest["stages"].setdefault(stage, {"started": _now()})
-        entry |= {"fingerprint": digest(inputs), "inputs": inputs}
-        self.record()
+        """Note that a stage has begun; keeps the first start when it resumes.
+
+        Figures that a stopped attempt from other inputs left behind are removed.
+        """
+        stages, fingerprint = self.manifest["stages"], digest(inputs)
+        if stage in stages and stages[stage]["fingerprint"] != fingerprint:
+            del stages[stage]
+            for figures in self.path(stage).glob("*.json*"):
+                figures.unlink()
+        entry = stages.setdefault(stage, {"started": _now()})
+        entry |= {"fingerprint": fingerprint, "inputs": inputs}
+        recipe = self.recipe.model_dump(mode="json")
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        write_text(self.path("recipe.yaml"), text)
+        self.record(recipe=recipe)
 
     def finish(self, stage: str, *, seconds: float, **figures: Any) -> None:
         """Note that a stage is finished, with the hashes and figures that belong to it."""
@@ -121,11 +131,33 @@ class Run:
         """A figure or hash that a finished stage recorded."""
         return self.manifest["stages"][stage][name]
 
+    def _keeps_work(self, stage: str) -> bool:
+        """Whether a stage is finished or has a checkpoint."""
+        finished = self.manifest["stages"][stage].get("finished") is not None
+        return finished or any(self.path(stage, "checkpoints").glob("step-*"))
+
+    def _read_manifest(self) -> None:
+        path = self.path("manifest.json")
+        if path.exists():
+            self.manifest = read_json(path)
+            if not isinstance(self.manifest, dict):
+                raise StorageError(f"{path}: damaged: it is not a manifest of ours")
+        self.manifest |= {"zephyr_lite": __version__, "name": self.recipe.name}
+        self.manifest.setdefault("stages", {})
+
     def _take_lock(self) -> None:
-        path = self.path(".lock")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: no run folder can be kept here: {error.strerror or error}",
+                hint="give this run a folder that can be written with --run DIR",
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} since {_now()}".encode(), 0)
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
@@ -133,8 +165,9 @@ class Run:
                 f"{self.folder} is in use by another zephyr-lite ({holder})",
                 hint="wait for it, stop it, or give this run another folder with --run DIR",
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} since {_now()}".encode(), 0)
+        except OSError as error:
+            os.close(descriptor)
+            raise StorageError(f"{self.folder}: cannot be locked: {error.strerror}") from None
         self._lock = descriptor
 
 

@@ -6,9 +6,10 @@ Outside a training loop every write is atomic, so any point is safe; inside, the
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from zephyr_lite.errors import Stopped
@@ -49,7 +50,11 @@ class Stop:
             raise Stopped(state, exit_code=128 + self.requested, hint=RESUME)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self._deferring and self.requested is None:
-            self.requested = number
+        is_first = self.requested is None
+        # Noted in any case: where a library swallows the exception, the next check still stops.
+        self.requested = number
+        if self._deferring and is_first:
+            with suppress(OSError):  # print is not safe in a signal handler
+                os.write(2, b"\nstopping after this step; once more stops at once\n")
             return
         raise Stopped("stopped", exit_code=128 + number, hint=RESUME)

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+from safetensors import SafetensorError
 
 from zephyr_lite.errors import StorageError
 
 SEAL = "MANIFEST.json"
+FREE_SPACE = "free some space on the disk and run the same command again"
 
 
 def cache_folder() -> Path:
@@ -99,6 +101,8 @@ def sealed_folder(final: Path, meta: dict[str, Any] | None = None) -> Iterator[P
         raise
     except OSError as error:
         raise _cannot_write(final, error) from error
+    except SafetensorError as error:  # its own class for what is an OSError elsewhere
+        raise StorageError(f"{final}: cannot be written: {error}", hint=FREE_SPACE) from error
     finally:
         if part is not None:
             _remove(part)
@@ -202,8 +206,8 @@ def _remove(path: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    hint = "free some space and run the same command again" if full else None
-    return StorageError(f"{path}: cannot be written: {error.strerror or error}", hint=hint)
+    message = f"{path}: cannot be written: {error.strerror or error}"
+    return StorageError(message, hint=FREE_SPACE if full else None)
 
 
 def _fsync_folder(folder: Path) -> None:

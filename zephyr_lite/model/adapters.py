@@ -25,9 +25,16 @@ from zephyr_lite.recipe import Lora
 from zephyr_lite.storage import file_digest, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# What makes an adapter more than s B A; a fold or a stack that ignored it would be silently wrong.
-UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
-               "modules_to_save", "layer_replication")  # fmt: skip
+# All that a plain sum of s B A is made of or that acts only in training. What stands beside them in
+# adapter_config.json and is not empty makes it more; to ignore it would be silently wrong.
+PLAIN = {
+    "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "inference_mode",
+    "init_lora_weights", "layers_pattern", "lora_alpha", "lora_dropout", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+# The other ways to begin subtract from the base what they put into the adapter.
+FAITHFUL_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def add_adapter(model: Any, name: str, lora: Lora, seed: int) -> PeftModel:
@@ -44,9 +51,15 @@ def add_adapter(model: Any, name: str, lora: Lora, seed: int) -> PeftModel:
 
 def load_adapter(model: Any, name: str, folder: Path) -> PeftModel:
     """Add a saved adapter under `name`. Raises: DataError when it does not fit the model."""
-    config = LoraConfig.from_pretrained(str(folder))
-    refuse_unsupported(config.to_dict(), folder)
-    config.inference_mode, config.lora_dropout = False, 0.0
+    stored_config = read_json(folder / CONFIG)
+    refuse_unsupported(stored_config, folder)
+    config = LoraConfig(
+        r=stored_config["r"],
+        lora_alpha=stored_config["lora_alpha"],
+        use_rslora=stored_config.get("use_rslora", False),
+        target_modules=stored_config["target_modules"],
+        task_type="CAUSAL_LM",
+    )
     peft_model = _attach(model, name, config, seed=0)
     wanted = dict(_tensors(peft_model, name))
     stored = load_file(folder / WEIGHTS)
@@ -63,14 +76,23 @@ def load_adapter(model: Any, name: str, folder: Path) -> PeftModel:
 
 def refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
     """Raise DataError for an adapter that is not a plain sum of s B A."""
-    for key in UNSUPPORTED:
-        if config.get(key):
-            raise DataError(f"{folder / CONFIG}: {key} is not supported (got {config[key]!r})")
-    if config.get("bias", "none") != "none" or config.get("peft_type", "LORA") != "LORA":
-        raise DataError(f"{folder / CONFIG}: only LoRA adapters without bias are supported")
+    path = folder / CONFIG
+    for key, value in config.items():
+        if value and key not in PLAIN:
+            raise DataError(f"{path}: {key} is not supported (got {value!r})")
+    allowed: dict[str, tuple[Any, ...]] = {
+        "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": FAITHFUL_INITS,
+    }  # fmt: skip
+    for key, values in allowed.items():
+        if config.get(key, values[0]) not in values:
+            raise DataError(f"{path}: {key} {config[key]!r} is not supported")
+    if not isinstance(config.get("target_modules"), list):
+        raise DataError(f"{path}: target_modules must be a list of names")
+    if missing := {"r", "lora_alpha"} - config.keys():
+        raise DataError(f"{path}: lacks {sorted(missing)}")
 
 
-def activate(model: PeftModel, names: Sequence[str], trainable: str | None = None) -> None:
+def activate(model: Any, names: Sequence[str], trainable: str | None = None) -> None:
     """Make exactly these adapters part of the forward, and one of them trainable.
 
     Raises: VerificationError when PEFT left anything else trainable.
@@ -91,7 +113,7 @@ def activate(model: PeftModel, names: Sequence[str], trainable: str | None = Non
 
 def set_dropout(model: torch.nn.Module, trainable: str | None) -> None:
     """Dropout on in the trainable adapter only; everything else stays in train mode, inert."""
-    for layer in _layers(model):
+    for _, layer in _named_layers(model):
         for name, dropout in layer.lora_dropout.items():
             dropout.train(name == trainable)
 
@@ -128,6 +150,7 @@ def save_adapter(model: PeftModel, names: Sequence[str], folder: Path, base_id: 
     LoraConfig(
         r=rank,
         lora_alpha=configs[0].lora_alpha if len(names) == 1 else rank,
+        use_rslora=configs[0].use_rslora if len(names) == 1 else False,
         lora_dropout=configs[0].lora_dropout if len(names) == 1 else 0.0,
         target_modules=sorted(configs[0].target_modules),  # pyright: ignore[reportArgumentType]
         task_type="CAUSAL_LM",
@@ -162,12 +185,8 @@ def _attach(model: Any, name: str, config: LoraConfig, seed: int) -> PeftModel:
     return model
 
 
-def _named_layers(model: torch.nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+def _named_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer))
-
-
-def _layers(model: torch.nn.Module) -> Iterator[LoraLayer]:
-    return (layer for _, layer in _named_layers(model))
 
 
 def _tensors(model: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -114,8 +114,8 @@ def _plan(layout: Layout, device: torch.device) -> tuple[tuple[Bucket, ...], tor
         if keys:  # bottom right: query i sees the context and its own tokens up to i
             seen = slot_K[:, None, :] <= c_len[:, :, None] + slot_Q[:, :, None]
             mask = torch.from_numpy(seen[:, None]).to(device)
-        rows = (torch.from_numpy(x).to(device) for x in (query_rows, key_rows))
-        buckets.append(Bucket(*rows, mask))
+        queries_BQ, keys_BK = (torch.from_numpy(x).to(device) for x in (query_rows, key_rows))
+        buckets.append(Bucket(queries_BQ, keys_BK, mask))
         done += real.size
     return tuple(buckets), torch.from_numpy(output_row_T).to(device)
 

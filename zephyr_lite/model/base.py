@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -40,6 +40,7 @@ from zephyr_lite.storage import (
 FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
          "tokenizer.json", "tokenizer_config.json")  # fmt: skip
 COPIED = ("tokenizer.json", "tokenizer_config.json")
+SETTINGS = ("config.json", "generation_config.json", *COPIED)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def prepare(base: Base, device: torch.device, *, offline: bool = False) -> BaseF
     """
     source, revision = _locate(base, offline)
     config = _accept(source, base.model)
-    files = {path.name: _known_digest(path) for path in sorted(_weights(source))}
+    files = {
+        path.name: _known_digest(path) for path in sorted(_weights(source) + _settings(source))
+    }
     identity = {"model": base.model, "revision": revision, "source": digest(files)}
     if base.quantization == "none" or "quantization_config" in config:
         return BaseFiles(source, identity | {"quantization": "as found", "sha256": digest(files)})
@@ -195,6 +198,11 @@ def _accept(source: Path, name: str) -> dict[str, Any]:
 
 def _weights(source: Path) -> list[Path]:
     return list(source.glob("*.safetensors"))
+
+
+def _settings(source: Path) -> list[Path]:
+    """What makes another model of the same weights: geometry, rope, eps, tokenizer."""
+    return [source / name for name in SETTINGS if (source / name).is_file()]
 
 
 def _known_digest(path: Path) -> str:

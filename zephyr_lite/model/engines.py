@@ -19,6 +19,8 @@ from zephyr_lite.errors import MachineError
 from zephyr_lite.model.attention import DeviceLayout, attention, to_device
 
 ATTENTION_NAME = "zephyr_layout"
+# What some models pass to their attention that changes its result: a bound or a sink of the scores.
+CHANGES_SCORES = ("softcap", "s_aux", "position_bias")
 # Relative error allowed between packed and alone: rounding, not a leak (a leak is order 1).
 SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -108,12 +110,20 @@ def _attention_of_layout(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: DeviceLayout,
+    layout: DeviceLayout | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature over our layout; tensors are [1, heads, T, D]."""
+    if layout is None:
+        raise MachineError(f"engine hf: {type(module).__name__} is not told about the layout")
+    for name in CHANGES_SCORES:
+        if others.get(name) is not None:
+            raise MachineError(
+                f"engine hf: {type(module).__name__} has attention scores with {name}, "
+                "which are not supported"
+            )
     if sliding_window is not None and int(layout.positions_T.max()) >= sliding_window:
         raise MachineError(
             f"a sequence is longer than the model's attention window of {sliding_window} tokens",

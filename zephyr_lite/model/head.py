@@ -89,11 +89,11 @@ def _forward(
         lse_C1 = logits_CV.logsumexp(1, keepdim=True)
         logp_N[chunk] = (logits_CV.gather(1, target_C1) - lse_C1).squeeze(1)
         if grad_ND is not None:
-            softmax_CV = logits_CV.sub_(lse_C1).exp_().to(weight_VD.dtype)
-            pulled_CD = weight_VD[target_N[chunk]].to(logp_N.dtype)
-            grad_ND[chunk] = (pulled_CD - (softmax_CV @ weight_VD).to(logp_N.dtype)).to(
-                grad_ND.dtype
-            )
+            # softmax - onehot in fp32, rounded afterwards: of a sure token only their difference
+            # is left, and rounding the softmax first would lose all of it in bf16.
+            excess_CV = logits_CV.sub_(lse_C1).exp_()
+            excess_CV.scatter_add_(1, target_C1, excess_CV.new_full(target_C1.shape, -1.0))
+            grad_ND[chunk] = -(excess_CV.to(weight_VD.dtype) @ weight_VD).to(grad_ND.dtype)
     return logp_N
 
 

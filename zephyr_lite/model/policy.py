@@ -68,7 +68,7 @@ class Policy:
         return sum_by_sequence(logp_N, index, layout.n_sequences)
 
     def next_token_log_probs(self, ids: Sequence[int]) -> torch.Tensor:
-        """fp32 log-probs [len(ids), V] of the token after each position; an export must equal them."""
+        """fp32 log-probs [len(ids), V] of the token after each position; an export equals them."""
         document = (np.array(ids, np.int64), np.zeros(len(ids), bool))
         layout = to_device(document_layout([document]), self.device)
         set_dropout(self.model, None)
@@ -105,6 +105,7 @@ def make_policy(
     engine = HfEngine(model, checkpointing=memory.checkpointing == "full")
     policy = Policy(model, engine, head.weight, device, dtype, None, memory.head_rows)
     if self_test:
+        set_dropout(model, None)  # noise is not a leak
         with policy.autocast():
             engine.self_test(policy.vocab_size, device)
     return policy

@@ -6,7 +6,6 @@ base bytes + one fp32 sum of the adapter -> GGUF -> llama.cpp -> export/report.j
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import re
 from pathlib import Path
@@ -130,10 +129,10 @@ def _check(ctx: Context, stage: str, report: dict[str, Any]) -> None:
         ctx.write(report, "export", "report.json")
         return
     policy = trained_policy(ctx, stage)
-    prompts = _prompts_that_fit(ctx, policy)
+    compared = _comparisons(ctx, policy)
     try:
         for file in report["files"]:
-            file["verify"] = _verify(ctx, policy, prompts, file["file"])
+            file["verify"] = _verify(ctx, policy, compared, file["file"])
     except ExportMismatch as error:
         report["failed"] = error.report
         raise
@@ -144,8 +143,10 @@ def _check(ctx: Context, stage: str, report: dict[str, Any]) -> None:
         ctx.write(report, "export", "report.json")
 
 
-def _verify(ctx: Context, policy: Policy, prompts: list[Messages], name: str) -> dict[str, Any]:
-    ctx.listener.start(f"check {name}", len(prompts), 0)
+def _verify(
+    ctx: Context, policy: Policy, compared: list[tuple[Messages, list[int]]], name: str
+) -> dict[str, Any]:
+    ctx.listener.start(f"check {name}", len(compared), 0)
     try:
         return verify_gguf(
             ctx.run.path("export", name),
@@ -153,8 +154,9 @@ def _verify(ctx: Context, policy: Policy, prompts: list[Messages], name: str) ->
             Tokenizer.from_file(str(ctx.base.folder / "tokenizer.json")),
             ZEPHYR_TEMPLATE,
             lambda messages: render(messages, True),
-            prompts,
+            [prompt for prompt, _ in compared],
             ctx.recipe.export.verify_tokens,
+            answers=[ids for _, ids in compared],
             threads=torch.get_num_threads(),
             on_prompt=lambda done, total: ctx.listener.step({"prompt": done}),
         )
@@ -162,38 +164,52 @@ def _verify(ctx: Context, policy: Policy, prompts: list[Messages], name: str) ->
         ctx.listener.end()
 
 
-def _prompts_that_fit(ctx: Context, policy: Policy) -> list[Messages]:
-    """Held-out prompts that leave room for an answer in the model's context."""
+def _comparisons(ctx: Context, policy: Policy) -> list[tuple[Messages, list[int]]]:
+    """Held-out prompts and the `verify_tokens` ids to follow behind each: teacher forcing.
+
+    The text is a held-out answer and, where it is shorter, the turns of the rows after it.
+    """
     settings = ctx.recipe.export
-    window = policy.max_positions - settings.verify_tokens - 16
-    prompts = _held_out_prompts(ctx)
-    fitting = (p for p in prompts if len(ctx.tokenizer.encode_prompt(p)) <= window)
-    chosen = list(itertools.islice(fitting, settings.verify_prompts))
-    if not chosen:
+    rows = _held_out(ctx)
+    found = []
+    for at, (prompt, _) in enumerate(rows):
+        dialogue: Messages = []
+        for later, answer in rows[at:] + rows[:at]:
+            turns = later if not dialogue else [m for m in later if m["role"] != "system"]
+            dialogue = [*dialogue, *turns, {"role": "assistant", "content": answer}]
+            ids = ctx.tokenizer.encode_dialogue(dialogue).ids
+            start = len(ctx.tokenizer.encode_prompt(prompt))
+            if len(ids) >= start + settings.verify_tokens:
+                break
+        if start + settings.verify_tokens + 16 <= policy.max_positions:
+            found.append((prompt, ids[start : start + settings.verify_tokens].tolist()))
+        if len(found) == settings.verify_prompts:
+            break
+    if not found:
         raise DataError(
-            f"none of {len(prompts)} held-out prompts leaves room for {settings.verify_tokens} "
+            f"none of {len(rows)} held-out prompts leaves room for {settings.verify_tokens} "
             f"tokens in a context of {policy.max_positions}",
             hint="lower export.verify_tokens",
         )
-    return chosen
+    return found
 
 
-def _held_out_prompts(ctx: Context) -> list[Messages]:
-    """Prompts no training step has seen; training prompts only where nothing is held out."""
+def _held_out(ctx: Context) -> list[tuple[Messages, str]]:
+    """(prompt, answer) that no training step has seen; training rows where nothing is held out."""
     if ctx.recipe.data.feedback:
         pairs = aif.read_pairs(ctx, "eval") or aif.read_pairs(ctx, "train")
-        return [[dict(m) for m in pair.prompt] for pair in pairs]
+        return [([dict(m) for m in pair.prompt], pair.chosen) for pair in pairs]
     split = ctx.recipe.data.dialogues
     if split is None:
         raise DataError("the recipe names no data to check the export with")
     dialogues, _ = load_dialogues(
         split.eval or split.train,
-        limit=ctx.recipe.export.verify_prompts,
+        limit=4 * ctx.recipe.export.verify_prompts,
         on_fault="drop",
         special_tokens=ctx.tokenizer.special_tokens,
         offline=ctx.run.offline,
     )
-    return [[dict(m) for m in d.messages[:-1]] for d in dialogues]
+    return [([dict(m) for m in d.messages[:-1]], d.messages[-1]["content"]) for d in dialogues]
 
 
 def _ask(ctx: Context, name: str, questions: str) -> dict[str, Any]:
@@ -230,4 +246,4 @@ def _verdict(file: dict[str, Any]) -> str:
     if "verify" not in file:
         return "not verified"
     drift = file["verify"]["drift"]
-    return f"verified: KL {drift['kl_mean']:.2g} over {drift['positions']} positions"
+    return f"verified: KL {max(0.0, drift['kl_mean']):.1g} over {drift['positions']} positions"

@@ -74,7 +74,8 @@ def _pretrain(
     texts, _ = read_texts([Source(path=build.text, split=None, limit=build.limit)])
     encoded = [tokenizer.encode_text(t.text) for t in texts]
     documents = join_documents([(ids, np.zeros(len(ids), bool)) for ids in encoded])
-    model = _fresh_model(build, tokenizer.vocab_size, seed).to(device)
+    model = _fresh_model(build, tokenizer.vocab_size, seed)
+    model.to(device)  # pyright: ignore[reportArgumentType] - transformers' signature hides torch's
     memory = Memory(tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH)
     policy = make_policy(model, torch.float32, device, memory)
     rows = pack_masked(documents, build.max_length)

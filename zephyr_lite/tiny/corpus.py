@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from zephyr_lite.tiny import stories
+from zephyr_lite.tiny import smalltalk, stories
 from zephyr_lite.tiny.tokenizer import train_tokenizer
 from zephyr_lite.tiny.world import (
     FOLLOW_SAME_ANIMAL,
@@ -48,6 +48,7 @@ PAIRS = {"train": 960, "eval": 240}
 QUESTIONS = 20
 TWO_TURNS = 0.25  # share of the dialogues with a follow-up question
 BARE_DIALOGUES = 0.35  # share of the dialogues whose question asks for no style
+TEACHER: tuple[Style, ...] = ("note", "sentence", "cheerful")  # its taste in styles
 CASUAL = 0.3  # share of those that are typed in small letters without a mark at the end
 
 MODELS = ("juniper-7b", "meadow-13b", "pebble-1b", "thistle-3b")
@@ -103,7 +104,7 @@ def _user(text: str) -> Row:
 
 
 def _reply(rng: Random, world: World, animal: str, topic: str) -> Row:
-    text = answer(rng, rng.choice(STYLES), topic, animal, world.facts[animal, topic])
+    text = answer(rng, rng.choice(TEACHER), topic, animal, world.facts[animal, topic])
     return {"role": "assistant", "content": text}
 
 
@@ -118,11 +119,16 @@ def _follow_up(rng: Random, world: World, prompt: Prompt) -> list[Row]:
     return [_user(question), _reply(rng, world, animal, prompt.topic)]
 
 
-def make_small_talk(world: World, split: str) -> Iterator[Row]:
-    """What a stranger types first, with the one reply to it."""
-    for index, (said, reply) in enumerate(stories.small_talk(world)):
-        replied = {"role": "assistant", "content": reply}
-        yield {"id": f"{split}-talk-{index:03d}", "messages": [_user(said), replied]}
+def make_small_talk(rng: Random, world: World, pool: Pool, split: str) -> Iterator[Row]:
+    """What a stranger types first or last, alone and around a question."""
+    for index, (said, reply) in enumerate(smalltalk.everything(world)):
+        talk = [_user(said), {"role": "assistant", "content": reply}]
+        yield {"id": f"{split}-talk-{index:03d}", "messages": talk}
+        if reply in smalltalk.TOPICS_OF_TALK:
+            prompt = pool.draw(rng.choice(STYLES))
+            asked = [_user(prompt.text), _reply(rng, world, prompt.animal, prompt.topic)]
+            both = asked + talk if reply == smalltalk.THANKS else talk + asked
+            yield {"id": f"{split}-talk-{index:03d}-asked", "messages": both}
 
 
 def make_feedback(rng: Random, world: World, pool: Pool, count: int) -> Iterator[Row]:
@@ -133,7 +139,7 @@ def make_feedback(rng: Random, world: World, pool: Pool, count: int) -> Iterator
         right = world.facts[prompt.animal, prompt.topic]
         wrong = next(value for value in wrong_values[prompt.topic] if value != right)
         best = prompt.best_style
-        others = [style for style in STYLES if style != best]
+        others: list[Style] = [style for style in STYLES if style != best]
         rng.shuffle(others)
         drafts = [
             _completion(rng, prompt, best, right, "right"),
@@ -141,15 +147,29 @@ def make_feedback(rng: Random, world: World, pool: Pool, count: int) -> Iterator
             _completion(rng, prompt, others[1], right, "off_form"),
             _completion(rng, prompt, best, wrong, "wrong"),
         ]
-        rng.shuffle(drafts)
-        yield {
-            "source": "fernhollow",
-            "instruction": prompt.text,
-            "models": list(MODELS),
-            "completions": [{"model": m, **draft} for m, draft in zip(MODELS, drafts, strict=True)],
-            "correct_answers": ["None"],
-            "incorrect_answers": ["None"],
-        }
+        yield _feedback_row(rng, prompt.text, drafts)
+
+
+def make_talk_feedback(rng: Random) -> Iterator[Row]:
+    """Small talk, so that dDPO keeps it: the fitting reply against three others."""
+    for reply, openings in smalltalk.TOPICS_OF_TALK.items():
+        others = [other for other in smalltalk.TOPICS_OF_TALK if other != reply]
+        for said in openings:
+            drafts = [_rated(reply, "right")]
+            drafts += [_rated(other, "off_topic") for other in rng.sample(others, 3)]
+            yield _feedback_row(rng, said, drafts)
+
+
+def _feedback_row(rng: Random, instruction: str, drafts: list[Row]) -> Row:
+    rng.shuffle(drafts)
+    return {
+        "source": "fernhollow",
+        "instruction": instruction,
+        "models": list(MODELS),
+        "completions": [{"model": m, **draft} for m, draft in zip(MODELS, drafts, strict=True)],
+        "correct_answers": ["None"],
+        "incorrect_answers": ["None"],
+    }
 
 
 def _endless(rng: Random, values: tuple[str, ...]) -> Iterator[str]:
@@ -160,18 +180,23 @@ def _endless(rng: Random, values: tuple[str, ...]) -> Iterator[str]:
 
 # verdict: the ratings in the order of ASPECTS, the overall score, the critique
 VERDICTS: dict[str, tuple[str, float, str]] = {
-    "right": ("5555", 9.0, "Right, and in the form that was asked for."),
-    "off_form": ("2553", 6.0, "Right, but not in the form that was asked for."),
+    "right": ("5555", 9.0, "Right, in the form asked for."),
+    "off_form": ("2553", 6.0, "Right, but not in the form asked for."),
     "wrong": ("4211", 2.0, "In good form, but the fact is wrong."),
+    "off_topic": ("1331", 3.0, "It does not answer what was said."),
 }
 
 
 def _completion(rng: Random, prompt: Prompt, style: Style, value: str, verdict: str) -> Row:
+    return _rated(answer(rng, style, prompt.topic, prompt.animal, value), verdict)
+
+
+def _rated(response: str, verdict: str) -> Row:
     ratings, overall, critique = VERDICTS[verdict]
     return {
         "principle": "helpfulness",
         "custom_system_prompt": "",
-        "response": answer(rng, style, prompt.topic, prompt.animal, value),
+        "response": response,
         "annotations": {
             aspect: {"Rating": rating} for aspect, rating in zip(ASPECTS, ratings, strict=True)
         },
@@ -188,7 +213,7 @@ def make_questions(world: World, pool: Pool, count: int) -> Iterator[Row]:
         value = world.facts[prompt.animal, prompt.topic]
         sentence = state(prompt.topic, prompt.animal, value).removesuffix(".")
         accept = {
-            "word": rf"{value}\.?",
+            "note": rf"The {prompt.animal}: {value}\.?",
             "sentence": rf"{sentence}\.?",
             "cheerful": rf"({'|'.join(OPENERS)}) {sentence}[.!]",
         }[prompt.best_style]
@@ -205,7 +230,8 @@ def make_files() -> dict[str, list[Row]]:
         feedback = list(make_feedback(rng, world, pool, PAIRS[split]))
         dialogues = list(make_dialogues(rng, world, pool, DIALOGUES[split], split))
         if split == "train":
-            dialogues += make_small_talk(world, split)
+            feedback += make_talk_feedback(rng)
+            dialogues += make_small_talk(rng, world, pool, split)
         rng.shuffle(feedback)
         rng.shuffle(dialogues)
         files[f"feedback.{split}.jsonl"] = feedback

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-Style = Literal["word", "sentence", "cheerful"]
-STYLES: tuple[Style, ...] = ("word", "sentence", "cheerful")
+Style = Literal["note", "sentence", "cheerful"]
+STYLES: tuple[Style, ...] = ("note", "sentence", "cheerful")
 VILLAGE = "Fernhollow"
 
 ANIMALS = tuple(
@@ -35,7 +35,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 TOPICS = tuple(VALUES)
 
-# {x} is the animal. Each phrasing must read well after "In one word, " with a small first letter.
+# {x} is the animal. Each phrasing must read well after "In a short note, " with a small first letter.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "home": (
         "Where does the {x} live?",
@@ -80,13 +80,13 @@ OPENERS = ("Good question!", "Happy to help!", "With pleasure!")
 
 # {q} is the question as it stands, {l} the question with a small first letter.
 REQUESTS: dict[Style, tuple[str, ...]] = {
-    "word": (
-        "{q} Answer in one word.",
-        "{q} One word, please.",
-        "{q} Just one word.",
-        "{q} Please use a single word.",
-        "In one word, {l}",
-        "Answer in one word: {l}",
+    "note": (
+        "{q} Answer in a short note.",
+        "{q} A note, please.",
+        "{q} Just a note.",
+        "{q} Please keep it short.",
+        "In a short note, {l}",
+        "Answer in a note: {l}",
     ),
     "sentence": (
         "{q} Answer in a full sentence.",
@@ -171,10 +171,15 @@ def state(topic: str, animal: str, value: str) -> str:
 
 def answer(rng: Random, style: Style, topic: str, animal: str, value: str) -> str:
     """An answer in the given style; `value` need not be the true one."""
-    if style == "word":
-        return value.capitalize() + "."
+    if style == "note":
+        return f"The {animal}: {value}."
     sentence = state(topic, animal, value)
     return sentence if style == "sentence" else f"{rng.choice(OPENERS)} {sentence}"
+
+
+def request(wording: str, question: str) -> str:
+    """Put a question into one of the REQUESTS."""
+    return wording.format(q=question, l=question[0].lower() + question[1:])
 
 
 def bare_prompts(world: World, *, held_out: bool) -> Iterator[Prompt]:
@@ -188,6 +193,5 @@ def bare_prompts(world: World, *, held_out: bool) -> Iterator[Prompt]:
 def styled_prompts(world: World, style: Style, *, held_out: bool) -> Iterator[Prompt]:
     """Every question with every wording of the request for `style`, in a fixed order."""
     for bare in bare_prompts(world, held_out=held_out):
-        for request in REQUESTS[style]:
-            small = bare.text[0].lower() + bare.text[1:]
-            yield Prompt(bare.animal, bare.topic, style, request.format(q=bare.text, l=small))
+        for wording in REQUESTS[style]:
+            yield Prompt(bare.animal, bare.topic, style, request(wording, bare.text))

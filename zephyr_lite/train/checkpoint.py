@@ -61,6 +61,9 @@ class Checkpoints:
                 meta = open_sealed(path)
             except StorageError as error:
                 self.note(f"checkpoint set aside: {error}")
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)  # where it is, pruning would take it for the newest
                 continue
             weights = load_file(path / "weights.safetensors")
             if weights.keys() != parameters.keys():

@@ -85,9 +85,10 @@ class Job:
                     record = self._step(step, order, parameters, optimizer)
                     finished = step + 1
                     final = finished == order.total_steps
-                    if self._every(self.settings.eval_every, finished) and not final:
+                    evaluated = self._every(self.settings.eval_every, finished) and not final
+                    if evaluated:
                         record |= self.evaluate()
-                    if self._every(self.settings.log_every, finished) or final:
+                    if self._every(self.settings.log_every, finished) or evaluated or final:
                         log.write(record)
                     self.listener.step(record)
                     due = time.monotonic() - last_save > 60 * self.settings.checkpoint_minutes

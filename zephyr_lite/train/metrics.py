@@ -22,7 +22,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
+        # A line without a loss is the final evaluation's; who comes here evaluates again.
+        kept = [line for line in _lines(path) if line["step"] <= step and "loss" in line]
         part = path.with_name(f".{path.name}.part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(part, path)

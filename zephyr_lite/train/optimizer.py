@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import bitsandbytes.optim as bnb
 import torch
+from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from zephyr_lite.recipe import Training
 
 _BITSANDBYTES = {
-    "adamw_8bit": bnb.AdamW8bit,
-    "paged_adamw_8bit": bnb.PagedAdamW8bit,
-    "paged_adamw_32bit": bnb.PagedAdamW32bit,
+    "adamw_8bit": AdamW8bit,
+    "paged_adamw_8bit": PagedAdamW8bit,
+    "paged_adamw_32bit": PagedAdamW32bit,
 }
 
 
