@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +18,7 @@ import typer
 
 from zephyr_lite import __version__
 from zephyr_lite.errors import MachineError, RecipeError, Stopped, StorageError, ZephyrError
-from zephyr_lite.stopping import RESUME, Stop
+from zephyr_lite.stopping import Interrupted, Stop
 
 if TYPE_CHECKING:
     from zephyr_lite.recipe import Base, Recipe
@@ -347,14 +348,15 @@ def main(arguments: list[str] | None = None, invoke: Callable[..., object] = app
 
     ZEPHYR_LITE_DEBUG=1 shows the traceback too.
     """
+    stop = Stop()
     try:
         _prepare_libraries()
-        with Stop().installed():
+        with stop.installed():
             invoke(arguments)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Interrupted) as error:
         if os.environ.get("ZEPHYR_LITE_DEBUG") == "1":
             traceback.print_exception(error)
-        ours = error if isinstance(error, ZephyrError) else _as_ours(error)
+        ours = error if isinstance(error, ZephyrError) else _as_ours(error, stop.requested)
         label = "stopped" if isinstance(ours, Stopped) else "error"
         print(f"{label}: {ours}", file=sys.stderr)
         if ours.hint:
@@ -362,15 +364,12 @@ def main(arguments: list[str] | None = None, invoke: Callable[..., object] = app
         sys.exit(ours.exit_code)
 
 
-def _as_ours(error: BaseException) -> ZephyrError:
+def _as_ours(error: BaseException, signalled: int | None) -> ZephyrError:
     """What Python or a library raised, in our family: a signal, memory, I/O, else a bug."""
-    inner: BaseException | None = error
-    while inner is not None:  # a library may have wrapped what our signal handler raised
-        if isinstance(inner, Stopped):
-            return inner
-        if isinstance(inner, KeyboardInterrupt):
-            return Stopped("stopped", exit_code=130, hint=RESUME)
-        inner = inner.__cause__ or inner.__context__
+    if isinstance(error, KeyboardInterrupt):  # before our handler stood
+        signalled = signal.SIGINT
+    if signalled is not None:  # a library may have made another error of what our handler raised
+        return Interrupted(signalled).stopped
     text = next(iter(str(error).splitlines()), "")[:200]
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or "can't allocate memory" in text:

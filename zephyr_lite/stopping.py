@@ -11,10 +11,22 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from zephyr_lite.errors import Stopped
 
 RESUME = "run the same command again to go on from here"
+
+
+class Interrupted(BaseException):
+    """A signal at a safe point, anywhere in the code.
+
+    Not an Exception: libraries swallow those while they import optional parts, and go on.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.stopped = Stopped("stopped", exit_code=128 + number, hint=RESUME)
 
 
 class Stop:
@@ -23,13 +35,15 @@ class Stop:
     def __init__(self) -> None:
         self.requested: int | None = None  # signal number
         self._deferring = False
+        self._outer: Stop | None = None
 
     @contextmanager
     def installed(self) -> Iterator[Stop]:
-        """Handle SIGINT and SIGTERM inside the block."""
+        """Handle SIGINT and SIGTERM inside the block. Raises: Interrupted outside `deferred`."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
+            self._take_over(before[signal.SIGINT])
             yield self
         finally:
             for number, handler in before.items():
@@ -51,10 +65,20 @@ class Stop:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         is_first = self.requested is None
-        # Noted in any case: where a library swallows the exception, the next check still stops.
+        # Noted in any case: should the exception be lost in a library, the next check stops.
         self.requested = number
+        if self._outer is not None:
+            self._outer.requested = number
         if self._deferring and is_first:
             with suppress(OSError):  # print is not safe in a signal handler
                 os.write(2, b"\nstopping after this step; once more stops at once\n")
             return
-        raise Stopped("stopped", exit_code=128 + number, hint=RESUME)
+        raise Interrupted(number)
+
+    def _take_over(self, handler: Any) -> None:
+        """A signal that the surrounding Stop noted, and that was lost on its way, counts here."""
+        outer = getattr(handler, "__self__", None)
+        if isinstance(outer, Stop):
+            self._outer = outer
+            if outer.requested is not None:
+                self._handle(outer.requested, None)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
 from zephyr_lite.cli import main
 from zephyr_lite.errors import MachineError, Stopped
+from zephyr_lite.stopping import Interrupted, Stop
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +72,20 @@ def test_every_error_has_its_exit_code(capsys, error, status, text):
     assert text in err and "Traceback" not in err
 
 
-def test_a_stop_that_a_library_wrapped_is_a_stop(capsys):
-    error = ImportError("failed to import something")
-    error.__cause__ = Stopped("stopped", exit_code=130)
-    assert _outcome(capsys, error)[0] == 130
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_turned_into_an_error_is_a_stop(capsys, number):
+    """transformers does: a lazy import that is interrupted becomes ModuleNotFoundError."""
+
+    def invoke(_: object) -> None:
+        with Stop().installed():
+            with suppress(Interrupted):
+                os.kill(os.getpid(), number)
+            raise ModuleNotFoundError("could not import module")
+
+    with pytest.raises(SystemExit) as caught:
+        main([], invoke)
+    assert caught.value.code == 128 + number
+    assert capsys.readouterr().err.startswith("stopped: stopped\nhint: run the same")
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.3])

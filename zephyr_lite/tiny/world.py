@@ -35,7 +35,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 TOPICS = tuple(VALUES)
 
-# {x} is the animal. Each phrasing must read well after "In a short note, " with a small first letter.
+# {x} is the animal. Each must read well after "In a short note, " with a small first letter.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "home": (
         "Where does the {x} live?",

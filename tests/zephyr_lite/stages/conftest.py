@@ -38,7 +38,7 @@ class CommandLine:
     def run(
         self, *argv: str, home: Path, kill_after: float | None = None, sig: int = signal.SIGKILL
     ) -> tuple[int, str]:
-        """Exit code (or -signal) and what it printed; a signal is sent after `kill_after` seconds."""
+        """Exit code (or -signal) and output; a signal is sent after `kill_after` seconds."""
         self.log.unlink(missing_ok=True)
         env = {"ZEPHYR_LITE_HOME": str(home)}
         pid = self._ask({"argv": list(argv), "env": env, "log": str(self.log)})["pid"]

@@ -113,7 +113,7 @@ def test_several_updates_do_not_depend_on_how_a_step_is_cut(
     cut = gradients(dpo_job(tmp_path / "cut", tokens=8, **common))
     for name, gradient in whole[2].items():
         assert gradient.any()
-        assert (cut[2][name] - gradient).norm() < 50 * tolerance.gradient * gradient.norm(), name
+        assert (cut[2][name] - gradient).norm() < tolerance.gradient * gradient.norm(), name
 
 
 def test_step_0_of_dpo_is_ln_2(dpo_job, tmp_path, tolerance) -> None:

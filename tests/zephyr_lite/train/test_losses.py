@@ -98,8 +98,8 @@ def test_no_difference_is_ln_2(beta: float, smoothing: float, tolerance: Any) ->
     assert abs(loss.mean().item() - math.log(2)) < tolerance.ln2
 
 
-def test_the_reference_gets_no_gradient_of_its_own() -> None:
-    """The loss falls as the chosen answer rises, and by beta / 2 at the start."""
+def test_the_pull_at_the_start_is_half_of_beta() -> None:
+    """The loss falls as the chosen answer rises and as the rejected one falls."""
     chosen, rejected, *_ = columns([ROWS[3]], torch.float64)
     lengths = torch.ones(1, dtype=torch.int32)
     leaves = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
