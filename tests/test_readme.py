@@ -54,5 +54,7 @@ def test_links_and_named_files_exist(root, name):
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (document.parent / target).exists(), target
-    for target in re.findall(r"`((?:zephyr_lite|benchmarks|recipes|tests|kernels)/[\w./-]+)`", text):
+    for target in re.findall(
+        r"`((?:zephyr_lite|benchmarks|recipes|tests|kernels)/[\w./-]+)`", text
+    ):
         assert Path(root / target).exists(), target
