@@ -15,6 +15,7 @@ Shapes: T tokens of the row, S segments, N scored tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,6 +51,11 @@ class Layout:
     def n_tokens(self) -> int:
         """Tokens in the row."""
         return len(self.ids_T)
+
+    @property
+    def scored_lengths(self) -> np.ndarray:
+        """Scored tokens of each sequence; they stand together, in the order of the sequences."""
+        return np.bincount(self.sequence_N, minlength=self.n_sequences)
 
 
 @dataclass
@@ -254,7 +260,7 @@ class Order:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
-        steps = max(1, round(self.epochs * self.steps_per_epoch))
+        steps = math.ceil(self.epochs * self.steps_per_epoch)
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def step(self, step: int) -> list[int]:

@@ -42,9 +42,6 @@ class DeviceLayout:
     positions_T: torch.Tensor
     rows_N: torch.Tensor
     targets_N: torch.Tensor
-    sequence_N: torch.Tensor
-    answer_N: torch.Tensor
-    n_sequences: int
     buckets: tuple[Bucket, ...]
     output_row_T: torch.Tensor  # where token t's output stands among all buckets' queries
 
@@ -52,11 +49,9 @@ class DeviceLayout:
 def to_device(layout: Layout, device: torch.device) -> DeviceLayout:
     """Move a layout to the device and plan its attention."""
     buckets, output_row_T = _plan(layout, device)
-    fields = ("ids_T", "positions_T", "rows_N", "targets_N", "sequence_N", "answer_N")
+    fields = ("ids_T", "positions_T", "rows_N", "targets_N")
     tensors = {name: torch.from_numpy(getattr(layout, name)).to(device) for name in fields}
-    return DeviceLayout(
-        **tensors, n_sequences=layout.n_sequences, buckets=buckets, output_row_T=output_row_T
-    )
+    return DeviceLayout(**tensors, buckets=buckets, output_row_T=output_row_T)
 
 
 def attention(

@@ -52,7 +52,6 @@ class HfEngine:
         if checkpointing:
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.decoder: Any = causal_lm.get_decoder()
-        self.window: int | None = getattr(causal_lm.config, "sliding_window", None)
         self._check_one_pattern(causal_lm.config)
 
     def hidden(self, layout: DeviceLayout) -> torch.Tensor:

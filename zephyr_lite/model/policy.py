@@ -64,8 +64,7 @@ class Policy:
     def sequence_log_probs(self, layout: Layout, *, training: bool = False) -> torch.Tensor:
         """Summed log-probs per sequence of the layout, fp32 nats."""
         logp_N = self.log_probs(layout, training=training)
-        index = torch.from_numpy(layout.sequence_N).to(self.device)
-        return sum_by_sequence(logp_N, index, layout.n_sequences)
+        return sum_by_sequence(logp_N, layout)
 
     def next_token_log_probs(self, ids: Sequence[int]) -> torch.Tensor:
         """fp32 log-probs [len(ids), V] of the token after each position; an export equals them."""
@@ -111,9 +110,11 @@ def make_policy(
     return policy
 
 
-def sum_by_sequence(
-    value_N: torch.Tensor, sequence_N: torch.Tensor, n_sequences: int
-) -> torch.Tensor:
-    """Sum of per-token values in each sequence, in the values' dtype."""
-    zeros = torch.zeros(n_sequences, dtype=value_N.dtype, device=value_N.device)
-    return zeros.index_add(0, sequence_N, value_N)
+def sum_by_sequence(value_N: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Sum of per-token values in each sequence of the layout, added in fp64, in the values' dtype.
+
+    A segment sum and not an index_add: the latter adds in any order on a GPU, and the audit before
+    DPO's first step asks for two equal sums bit for bit.
+    """
+    lengths = torch.from_numpy(layout.scored_lengths).to(value_N.device)
+    return torch.segment_reduce(value_N.double(), "sum", lengths=lengths).to(value_N.dtype)

@@ -97,10 +97,11 @@ def _load(ctx: Context, split: Split) -> tuple[Documents, Documents | None]:
         raise DataError(
             "no dialogue is left to train on", hint="see sft/report.json for the reasons"
         )
-    documents = _tokenise(ctx, train)
+    wrapped = ctx.recipe.sft is not None and ctx.recipe.sft.packing == "wrapped"
+    documents = _tokenise(ctx, train, wrapped=wrapped)
     counts["train_tokens"] = int(documents.offsets[-1])
     ctx.write(counts | reports, "sft", "report.json")
-    return documents, _tokenise(ctx, held_out) if held_out else None
+    return documents, _tokenise(ctx, held_out, wrapped=False) if held_out else None
 
 
 def _read(ctx: Context, sources: Any) -> tuple[list[Dialogue], Report]:
@@ -112,9 +113,9 @@ def _read(ctx: Context, sources: Any) -> tuple[list[Dialogue], Report]:
     )
 
 
-def _tokenise(ctx: Context, dialogues: list[Dialogue]) -> Documents:
+def _tokenise(ctx: Context, dialogues: list[Dialogue], *, wrapped: bool) -> Documents:
     encoded = ctx.tokenizer.encode_dialogues([d.messages for d in dialogues])
-    if ctx.recipe.sft and ctx.recipe.sft.packing == "wrapped":
+    if wrapped:
         # As published: the packer puts one more end token between documents.
         eos = np.array([ctx.tokenizer.eos_id], np.int32)
         return join_documents(

@@ -120,8 +120,7 @@ class Preference:
 
     def loss(self, logp_N: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
         """See `Objective.loss`; metrics carry TRL's names."""
-        sequence_N = torch.from_numpy(micro.layout.sequence_N).to(logp_N.device)
-        logp_S = sum_by_sequence(logp_N, sequence_N, micro.layout.n_sequences)
+        logp_S = sum_by_sequence(logp_N, micro.layout)
         chosen_P, rejected_P = logp_S[0::2], logp_S[1::2]
         reference = self.reference_of(micro.examples, logp_N.device)
         loss_P = preference_loss(self.settings, chosen_P, rejected_P, *reference)
