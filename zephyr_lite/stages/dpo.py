@@ -155,7 +155,8 @@ def _audit(
     fresh = ReferenceLogProbs(
         fresh_chosen_P, fresh_rejected_P, stored.chosen_len_P[chosen], stored.rejected_len_P[chosen]
     )
-    figures = preference_figures(settings, policy_chosen_P, policy_rejected_P, fresh)
+    plain = settings.model_copy(update={"sft_weight": 0.0})  # the SFT term is not 0 at step 0
+    figures = preference_figures(plain, policy_chosen_P, policy_rejected_P, fresh)
     wiring = max(
         np.abs(policy_chosen_P - fresh_chosen_P).max(),
         np.abs(policy_rejected_P - fresh_rejected_P).max(),
@@ -166,7 +167,7 @@ def _audit(
             f"step-0 audit: policy and reference differ by {wiring:.3g} nats before any step",
             hint="a fresh adapter must change nothing: this is a bug, please report it",
         )
-    if settings.loss == "sigmoid" and settings.sft_weight == 0:
+    if settings.loss == "sigmoid":
         audit["loss_minus_ln2"] = figures["eval_loss"] - math.log(2)
     return audit | _check_cache(ctx, fresh, stored, chosen)
 
