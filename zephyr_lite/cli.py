@@ -157,8 +157,8 @@ def chat(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask once, leave.")] = None,
     stage: Annotated[str | None, typer.Option("--stage", help="dpo, sft or base.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     offline: Offline = False, device: Device = "auto",
 ) -> None:  # fmt: skip
     """Talk to the exported file, or to a stage with --stage."""

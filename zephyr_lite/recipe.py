@@ -276,7 +276,9 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", description="Name of the recipe and its run."
     )
     description: str = Field("", description="One sentence shown by `zephyr-lite recipes`.")
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of data order, adapters, dropout and draws.")
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="Seed of data order, adapters, dropout and draws."
+    )
     base: Annotated[Base, BeforeValidator(_as_base, json_schema_input_type=str | Base)] = Field(
         description="The base model."
     )

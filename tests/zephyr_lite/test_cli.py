@@ -143,7 +143,17 @@ def test_version(zl):
     assert zl("version") == (0, f"{__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", [("fly",), ("run", "--nope"), ("run", "a", "b"), ("-x",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fly",),
+        ("run", "--nope"),
+        ("run", "a", "b"),
+        ("-x",),
+        ("chat", "--temperature", "-1"),
+        ("chat", "--max-tokens", "0"),
+    ],
+)
 def test_usage_errors_exit_2(zl, arguments):
     status, out, err = zl(*arguments)
     assert (status, out) == (2, "")
