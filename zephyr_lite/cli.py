@@ -148,7 +148,6 @@ def export(
     with _context(recipe, run_dir, overrides, json, quiet, offline, device, must_exist=True) as ctx:
         from zephyr_lite.stages import export as work
 
-        ctx.run.forget("export")
         work.run(ctx, stage)
 
 
@@ -164,7 +163,7 @@ def chat(
     """Talk to the exported file, or to a stage with --stage."""
     _check_choice("--stage", stage, (None, "dpo", "sft", "base"))
     with _context(
-        recipe, run_dir, set_field, False, True, offline, device, must_exist=True, trains=False
+        recipe, run_dir, set_field, False, True, offline, device, must_exist=True, writes=False
     ) as ctx:
         from zephyr_lite.stages import chat as work
 
@@ -254,13 +253,14 @@ def version() -> None:
 def _context(
     name: str, run_dir: Path | None, overrides: list[str] | None,
     json: bool, quiet: bool, offline: bool, device: str,
-    *, needs: str | None = None, must_exist: bool = False, trains: bool = True,
+    *, needs: str | None = None, must_exist: bool = False, writes: bool = True,
 ) -> Iterator[Context]:  # fmt: skip
     """Recipe, run folder, device, signals and progress of one command.
 
     Args:
         needs: a section that the recipe must have, or several joined by " or ".
-        must_exist: the run folder must be there already. trains: a large base needs a GPU.
+        must_exist: the run folder must be there already.
+        writes: False looks only: it takes no lock, and a large base needs no GPU.
     """
     from zephyr_lite import recipe_file
     from zephyr_lite.run import Run, default_folder
@@ -274,7 +274,7 @@ def _context(
         raise RecipeError(f"{folder} does not exist", hint=f"zephyr-lite run {name}")
     if offline:
         _stay_offline()
-    chosen = _choose_device(device, needs_gpu=trains and _needs_gpu(recipe.base))
+    chosen = _choose_device(device, needs_gpu=writes and _needs_gpu(recipe.base))
     import torch
 
     from zephyr_lite.report.progress import JsonProgress, QuietProgress, TerminalProgress
@@ -282,7 +282,7 @@ def _context(
 
     listener = JsonProgress() if json else QuietProgress() if quiet else TerminalProgress()
     stop = Stop()
-    with stop.installed(), Run(recipe, folder, offline=offline) as run:
+    with stop.installed(), Run(recipe, folder, offline, writes) as run:
         try:
             yield Context(run, torch.device(chosen), listener, stop)
         finally:

@@ -39,10 +39,14 @@ class Run:
     recipe: Recipe
     folder: Path
     offline: bool = False
+    writes: bool = True  # False: look only; no lock is taken and nothing is recorded
     manifest: dict[str, Any] = field(default_factory=dict)
     _lock: int | None = None
 
     def __enter__(self) -> Run:
+        if not self.writes:
+            self._read_manifest()
+            return self
         self._take_lock()
         try:
             for parent in (self.folder, *(self.folder / stage for stage in STAGES)):
@@ -65,7 +69,8 @@ class Run:
     def record(self, **entries: Any) -> None:
         """Put entries into the manifest and save it."""
         self.manifest |= entries
-        write_json(self.path("manifest.json"), self.manifest)
+        if self.writes:
+            write_json(self.path("manifest.json"), self.manifest)
 
     def fields(self, *names: str) -> dict[str, Any]:
         """Fields of the recipe that affect results, below the given dotted names."""
@@ -74,9 +79,11 @@ class Run:
             k: v for k, v in every.items() if any(k == n or k.startswith(n + ".") for n in names)
         }
 
-    def is_done(self, stage: str, inputs: dict[str, Any]) -> bool:
+    def is_done(self, stage: str, inputs: dict[str, Any], *, binding: bool = True) -> bool:
         """Whether a stage was finished from these inputs.
 
+        Args:
+            binding: False for a stage that is cheap: other inputs do it again.
         Raises: RecipeError with a diff when work done from other inputs is kept here: a result, or
             a checkpoint. What was stopped before that (a faulty row, say) binds nobody.
         """
@@ -84,7 +91,7 @@ class Run:
         if entry is None:
             return False
         if entry["fingerprint"] != digest(inputs):
-            if not self._keeps_work(stage):
+            if not (binding and self._keeps_work(stage)):
                 return False
             raise RecipeError(
                 f"{self.folder}: stage {stage} was run with another recipe or other data:\n"
@@ -122,10 +129,6 @@ class Run:
         entry = self.manifest["stages"][stage]
         entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 3)
         self.record()
-
-    def forget(self, stage: str) -> None:
-        """Let a stage be done again from other inputs."""
-        self.manifest["stages"].pop(stage, None)
 
     def output(self, stage: str, name: str) -> Any:
         """A figure or hash that a finished stage recorded."""

@@ -222,13 +222,24 @@ def test_a_resumed_stage_keeps_its_figures(tmp_path):
         assert run.path("sft", "parent.json").exists()
 
 
-def test_forget_lets_a_stage_be_done_again(tmp_path):
+def test_a_stage_that_binds_nobody_is_done_again(tmp_path):
     with Run(_recipe(), tmp_path) as run:
         run.begin("export", {"a": 1})
         run.finish("export", seconds=1)
-        run.forget("export")
-        run.forget("never begun")
-        assert not run.is_done("export", {"a": 2})
+        assert run.is_done("export", {"a": 1}, binding=False)
+        assert not run.is_done("export", {"a": 2}, binding=False)
+        with pytest.raises(RecipeError, match="a: 1 -> 2"):
+            run.is_done("export", {"a": 2})
+
+
+def test_a_run_that_only_looks_takes_no_lock_and_writes_nothing(tmp_path):
+    with Run(_recipe(), tmp_path) as run:
+        run.begin("sft", {"a": 1})
+        before = (tmp_path / "manifest.json").read_bytes()
+        with Run(_recipe(), tmp_path, writes=False) as looker:
+            looker.record(base="another")
+            assert looker.manifest["stages"]["sft"]["inputs"] == {"a": 1}
+    assert (tmp_path / "manifest.json").read_bytes() == before
 
 
 def test_long_and_missing_values_in_a_diff_stay_short(tmp_path):

@@ -63,11 +63,10 @@ class BaseFiles:
 def prepare(base: Base, device: torch.device, *, offline: bool = False) -> BaseFiles:
     """Find the base and quantise it into the cache unless that was done before.
 
-    Raises: RecipeError when it cannot be found or is not acceptable; MachineError when a hub id
-        is asked for without a connection.
+    Raises: as `locate`.
     """
-    source, revision = _locate(base, offline)
-    config = _accept(source, base.model)
+    source, revision = locate(base, offline=offline)
+    config = read_json(source / "config.json")
     files = {
         path.name: _known_digest(path) for path in sorted(_weights(source) + _settings(source))
     }
@@ -146,8 +145,18 @@ def _quantise(
                 (part / name).write_bytes((source / name).read_bytes())
 
 
-def _locate(base: Base, offline: bool) -> tuple[Path, str | None]:
-    """Folder and revision of the source checkpoint."""
+def locate(base: Base, *, offline: bool = False) -> tuple[Path, str | None]:
+    """Folder and revision of the source checkpoint; a hub model is downloaded.
+
+    Raises: RecipeError when it cannot be found or is not acceptable; MachineError when a hub id
+        is asked for without a connection.
+    """
+    folder, revision = _find(base, offline)
+    _accept(folder, base.model)
+    return folder, revision
+
+
+def _find(base: Base, offline: bool) -> tuple[Path, str | None]:
     local = Path(base.model).expanduser()
     if local.is_dir():
         return local, None
@@ -176,8 +185,8 @@ def _locate(base: Base, offline: bool) -> tuple[Path, str | None]:
     return Path(folder), Path(folder).name
 
 
-def _accept(source: Path, name: str) -> dict[str, Any]:
-    """The source's config. Raises: RecipeError for what we refuse to load."""
+def _accept(source: Path, name: str) -> None:
+    """Raises: RecipeError for what we refuse to load."""
     if not (source / "config.json").is_file():
         raise RecipeError(f"base.model: {source} has no config.json")
     config = read_json(source / "config.json")
@@ -193,7 +202,6 @@ def _accept(source: Path, name: str) -> dict[str, Any]:
         )
     if not (source / "tokenizer.json").is_file():
         raise RecipeError(f"base.model: {source} has no tokenizer.json")
-    return config
 
 
 def _weights(source: Path) -> list[Path]:

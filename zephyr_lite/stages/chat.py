@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from zephyr_lite.errors import RecipeError
 from zephyr_lite.export.llama_cpp import LlamaCppModel
 from zephyr_lite.model.adapters import load_adapter
 from zephyr_lite.stages.context import Context
-from zephyr_lite.stages.export import newest_gguf
+from zephyr_lite.stages.export import final_stage, newest_gguf
 
 Messages = list[dict[str, str]]
 Answer = Callable[[Messages], str]
@@ -45,18 +44,14 @@ def _answerer(
         model = stack.enter_context(LlamaCppModel(gguf, threads=torch.get_num_threads()))
         print(f"{gguf} through llama.cpp", file=sys.stderr)
         return lambda messages: model.generate(messages, max_tokens, temperature=temperature)[0]
-    return _through_transformers(ctx, stage or "dpo", max_tokens, temperature)
+    name = stage if stage == "base" else final_stage(ctx, stage)
+    return _through_transformers(ctx, name, max_tokens, temperature)
 
 
 def _through_transformers(ctx: Context, stage: str, max_tokens: int, temperature: float) -> Answer:
     model: Any = ctx.load_model()
     if stage != "base":
-        folder = ctx.run.path(stage, "adapter")
-        if stage not in ("dpo", "sft") or not folder.is_dir():
-            raise RecipeError(
-                f"{ctx.run.folder} has no trained stage {stage!r}", hint="--stage dpo, sft or base"
-            )
-        model = load_adapter(model, stage, folder)
+        model = load_adapter(model, stage, ctx.run.path(stage, "adapter"))
     print(f"{stage} of {ctx.run.folder} through transformers", file=sys.stderr)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -16,7 +16,7 @@ import torch
 
 from zephyr_lite.data.chat import ChatTokenizer, load_tokenizer
 from zephyr_lite.data.sources import fingerprint
-from zephyr_lite.model.base import BaseFiles, compute_dtype, load_base, prepare
+from zephyr_lite.model.base import BaseFiles, compute_dtype, load_base, locate, prepare
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.recipe import Base, Recipe, Source
 from zephyr_lite.run import Run
@@ -55,13 +55,13 @@ class Context:
     def base(self) -> BaseFiles:
         """The base model's files, quantised."""
         files = prepare(self.base_settings, self.device, offline=self.run.offline)
-        self.run.record(base=files.identity, machine=self.machine())
+        self.run.record(base=files.identity)
         return files
 
     @cached_property
     def tokenizer(self) -> ChatTokenizer:
-        """The base's tokenizer, from its own bytes."""
-        return load_tokenizer(self.base.folder)
+        """The base's tokenizer, from its own bytes; the base itself is not quantised for it."""
+        return load_tokenizer(locate(self.base_settings, offline=self.run.offline)[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,7 +113,8 @@ class Context:
         except BaseException:
             self.run.add_seconds(name, time.monotonic() - began)
             raise
-        self.run.finish(name, seconds=time.monotonic() - began, **figures)
+        seconds = time.monotonic() - began
+        self.run.finish(name, seconds=seconds, machine=self.machine(), **figures)
 
     def compare_with_expected(self) -> None:
         """Say of each published band whether this run's figure lies in it."""

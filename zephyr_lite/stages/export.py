@@ -49,7 +49,7 @@ def run(ctx: Context, stage: str | None = None) -> None:
         "base": ctx.base.sha256,
         "template": template_hash(),
     }
-    if ctx.run.is_done("export", inputs) and _intact(ctx):
+    if ctx.run.is_done("export", inputs, binding=False) and _intact(ctx):
         return
     with ctx.stage("export", inputs) as record:
         model = FoldedModel(ctx.base.folder, ctx.run.path(stage, "adapter"))
@@ -77,7 +77,8 @@ def final_stage(ctx: Context, stage: str | None = None) -> str:
         raise RecipeError(f"--stage {name}: must be dpo or sft")
     if not ctx.run.path(name, "adapter").is_dir():
         raise RecipeError(
-            f"{ctx.run.folder}: stage {name} is not trained yet", hint="zephyr-lite run RECIPE"
+            f"{ctx.run.folder}: stage {name} is not trained yet",
+            hint=f"zephyr-lite {name} {ctx.recipe.name}",
         )
     return name
 
