@@ -124,7 +124,8 @@ def make_small_talk(rng: Random, world: World, pool: Pool, split: str) -> Iterat
     for index, (said, reply) in enumerate(smalltalk.everything(world)):
         talk = [_user(said), {"role": "assistant", "content": reply}]
         yield {"id": f"{split}-talk-{index:03d}", "messages": talk}
-        if reply in smalltalk.TOPICS_OF_TALK:
+        if reply in smalltalk.TOPICS_OF_TALK:  # first words: said more often than the rest
+            yield {"id": f"{split}-talk-{index:03d}-again", "messages": talk}
             prompt = pool.draw(rng.choice(STYLES))
             asked = [_user(prompt.text), _reply(rng, world, prompt.animal, prompt.topic)]
             both = asked + talk if reply == smalltalk.THANKS else talk + asked

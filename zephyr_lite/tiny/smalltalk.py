@@ -91,9 +91,8 @@ def everything(world: World) -> Iterator[tuple[str, str]]:
             yield said, reply
     for index, stranger in enumerate(STRANGERS):
         reply = f"I am sorry, there is no {stranger} in {VILLAGE}."
-        for topic in TOPICS:
-            wordings = QUESTIONS[topic]
-            yield wordings[index % len(wordings)].format(x=stranger), reply
+        wordings = QUESTIONS[TOPICS[index % len(TOPICS)]]
+        yield wordings[index % len(wordings)].format(x=stranger), reply
     for topic, values in VALUES.items():
         for value in values:
             for asked in ask_who(topic, value):

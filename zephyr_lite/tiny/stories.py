@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from zephyr_lite.tiny.smalltalk import ask_who, describe, everything, name_all
+from zephyr_lite.tiny.smalltalk import TOPICS_OF_TALK, ask_who, describe, everything, name_all
 from zephyr_lite.tiny.world import (
     ANIMALS,
     REQUESTS,
@@ -88,7 +88,7 @@ def tell(rng: Random, world: World, count: int) -> Iterator[str]:
             yield _portrait(rng, world, animal)
         elif kind < 0.27:
             yield _overheard(rng, world, animal)
-        elif kind < 0.84:
+        elif kind < 0.80:
             yield _quiz(rng, world, animal)
         elif kind < 0.93:
             yield _visitor(rng, world)
@@ -140,7 +140,9 @@ def _quiz(rng: Random, world: World, animal: str) -> str:
 def _visitor(rng: Random, world: World) -> str:
     """Small talk with the guide of the village."""
     said = []
-    for opening, reply in rng.sample(list(everything(world)), 2):
+    talk = list(everything(world))
+    first_words = [pair for pair in talk if pair[1] in TOPICS_OF_TALK]
+    for opening, reply in [rng.choice(first_words), rng.choice(talk)]:
         said.append(f'"{opening}" said the visitor. "{reply}" said the guide.')
     return " ".join(said)
 
