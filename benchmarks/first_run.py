@@ -5,6 +5,7 @@
 
 The row holds seconds of installation and of the run, peak memory of the largest process, and the
 run's own figures: held-out losses and accuracies, the exported file's drift, questions right.
+Needs nothing but Python and git.
 """
 
 from __future__ import annotations
@@ -21,9 +22,6 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
-from gpu_rows import installed_version, read_commit  # the same provenance in every row
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,9 +72,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         **_figures(folder / "run"),
         "cores": os.cpu_count(),
         "cpu": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": installed_version("torch"),
-        "commit": read_commit(),
+        "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -87,6 +83,16 @@ def _watch(process: subprocess.Popen[bytes]) -> int:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
+def _commit() -> str:
+    """Commit that was measured, with `+dirty` where the checkout differs from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+
+
 def _figures(run: Path) -> dict[str, Any]:
     """What the run says of itself."""
     sft = json.loads((run / "sft/eval.json").read_text())
@@ -95,6 +101,7 @@ def _figures(run: Path) -> dict[str, Any]:
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     base_loss, sft_loss = (sft[k]["eval_loss_assistant"] for k in ("base", "sft"))
     return {
+        "machine": stages["sft"]["machine"],
         "stage_seconds": {name: stage["seconds"] for name, stage in stages.items()},
         "sft_eval_loss_assistant": sft_loss,
         "base_eval_loss_assistant": base_loss,
