@@ -26,6 +26,14 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def device() -> Any:
+    """Where device tests and whole runs compute: ZEPHYR_LITE_TEST_DEVICE, else the CPU."""
+    import torch
+
+    return torch.device(os.environ.get("ZEPHYR_LITE_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real dialogues, feedback and models that are not part of the repository."""
     folder = Path(os.environ.get("ZEPHYR_LITE_SHARED_DATA", ROOT.parent / "shared" / "data"))

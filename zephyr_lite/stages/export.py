@@ -247,4 +247,4 @@ def _verdict(file: dict[str, Any]) -> str:
     if "verify" not in file:
         return "not verified"
     drift = file["verify"]["drift"]
-    return f"verified: KL {max(0.0, drift['kl_mean']):.1g} over {drift['positions']} positions"
+    return f"verified: KL {abs(drift['kl_mean']):.1g} over {drift['positions']} positions"

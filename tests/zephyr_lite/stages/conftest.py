@@ -41,7 +41,8 @@ class CommandLine:
         """Exit code (or -signal) and output; a signal is sent after `kill_after` seconds."""
         self.log.unlink(missing_ok=True)
         env = {"ZEPHYR_LITE_HOME": str(home)}
-        pid = self._ask({"argv": list(argv), "env": env, "log": str(self.log)})["pid"]
+        words = [*argv, "--device", os.environ.get("ZEPHYR_LITE_TEST_DEVICE", "cpu")]
+        pid = self._ask({"argv": words, "env": env, "log": str(self.log)})["pid"]
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(pid, sig)  # a child that ended is a zombie until waited for: this is safe

@@ -22,7 +22,10 @@ def run_folder(command, shared_data, tmp_path_factory):
     files = sorted((shared_data / "sft").glob("*.jsonl"))
     recipe = {
         "name": "real",
-        "base": str(shared_data / "models" / "stories260k-mistral"),
+        "base": {
+            "model": str(shared_data / "models" / "stories260k-mistral"),
+            "dtype": "float32",  # the figures are compared with an fp32 model's
+        },
         "data": {
             "on_fault": "drop",
             "dialogues": {"train": [str(f) for f in files], "holdout": 0.002},
