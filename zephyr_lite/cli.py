@@ -63,8 +63,9 @@ def run(
     ) as ctx:
         from zephyr_lite.stages import aif, dpo, export, sft
 
+        export.check_inputs(ctx)
+        aif.run(ctx)  # first: a faulty row of feedback must not surface after a day of dSFT
         sft.run(ctx)
-        aif.run(ctx)
         dpo.run(ctx)
         export.run(ctx)
         ctx.compare_with_expected()
@@ -110,7 +111,7 @@ def ref(
         from zephyr_lite.stages import aif, reference
         from zephyr_lite.stages import sft as parent
 
-        for stage in (parent, aif, reference):
+        for stage in (aif, parent, reference):
             stage.run(ctx)
 
 
@@ -125,7 +126,7 @@ def dpo(
         from zephyr_lite.stages import dpo as stage
         from zephyr_lite.stages import sft as parent
 
-        for each in (parent, aif, stage):
+        for each in (aif, parent, stage):
             each.run(ctx)
 
 

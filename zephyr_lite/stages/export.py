@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from zephyr_lite.data.chat import ZEPHYR_TEMPLATE, render, template_hash
 from zephyr_lite.data.dialogues import load_dialogues
-from zephyr_lite.data.sources import read_rows
+from zephyr_lite.data.sources import Row, read_rows
 from zephyr_lite.errors import DataError, RecipeError
 from zephyr_lite.export.fold import FoldedModel
 from zephyr_lite.export.gguf import write_gguf
@@ -68,6 +68,13 @@ def run(ctx: Context, stage: str | None = None) -> None:
     for file in files:
         path = ctx.run.path("export", file["file"])
         ctx.listener.note(f"export: {path} ({file['bytes'] / 1e6:.1f} MB) {_verdict(file)}")
+
+
+def check_inputs(ctx: Context) -> None:
+    """Raise DataError for a file that only the export reads, before anything is trained."""
+    if ctx.recipe.export.questions:
+        for row in read_rows(ctx.recipe.export.questions, offline=ctx.run.offline):
+            _question(row)
 
 
 def final_stage(ctx: Context, stage: str | None = None) -> str:
@@ -220,20 +227,26 @@ def _ask(ctx: Context, name: str, questions: str) -> dict[str, Any]:
         ctx.run.path("export", name), n_ctx=1024, threads=torch.get_num_threads()
     ) as model:
         for row in read_rows(questions, offline=ctx.run.offline):
-            for key in ("prompt", "accept"):
-                if not isinstance(row.data.get(key), str):
-                    raise DataError(f"no text under {key!r}", file=row.file, line=row.line)
-            message = {"role": "user", "content": row.data["prompt"]}
-            text, stop = model.generate([message], ANSWER_TOKENS)
-            right = re.fullmatch(row.data["accept"], text.strip(), re.IGNORECASE) is not None
-            answers.append(
-                {"prompt": row.data["prompt"], "answer": text, "stop": stop, "right": right}
-            )
+            prompt, accept = _question(row)
+            text, stop = model.generate([{"role": "user", "content": prompt}], ANSWER_TOKENS)
+            right = accept.fullmatch(text.strip()) is not None
+            answers.append({"prompt": prompt, "answer": text, "stop": stop, "right": right})
     right = sum(a["right"] for a in answers)
     stopped = sum(a["stop"] == "eos" for a in answers)
     text = f"export: {right} of {len(answers)} held-out questions right, {stopped} ended by </s>"
     ctx.listener.note(text)
     return {"asked": len(answers), "right": right, "ended": stopped, "answers": answers}
+
+
+def _question(row: Row) -> tuple[str, re.Pattern[str]]:
+    """(prompt, rule) of a row. Raises: DataError naming file and line."""
+    for key in ("prompt", "accept"):
+        if not isinstance(row.data.get(key), str):
+            raise DataError(f"no text under {key!r}", file=row.file, line=row.line)
+    try:
+        return row.data["prompt"], re.compile(row.data["accept"], re.IGNORECASE)
+    except re.error as error:
+        raise DataError(f"`accept`: {error}", file=row.file, line=row.line) from None
 
 
 def _intact(ctx: Context) -> bool:

@@ -102,3 +102,15 @@ def test_chat_answers_from_the_file_and_from_transformers_alike(command, micro, 
         assert status == 0, text
         answers.append(text.splitlines()[1:])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "override", ["data.feedback.train=missing.jsonl", "export.questions=missing.jsonl"]
+)
+def test_what_is_missing_is_said_before_anything_is_trained(
+    command, micro, home, tmp_path, override
+):
+    status, text = _run(command, micro, tmp_path, home, override)
+    assert status == 2
+    assert "missing.jsonl: no such file" in text
+    assert not (tmp_path / "sft").exists()
