@@ -285,3 +285,10 @@ def test_a_file_that_cannot_be_read_is_an_io_error(tmp_path, monkeypatch):
     monkeypatch.setattr(type(file), "open", refuse)  # root may read everything: chmod is no test
     with pytest.raises(StorageError, match="cannot be read: Permission denied"):
         recipe_file.load(file)
+
+
+def test_the_shipped_schema_is_the_recipe_s(root):
+    shipped = json.loads((root / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
+    assert shipped == json.loads(json.dumps(json_schema())), (
+        "zephyr-lite recipes schema > recipes/recipe.schema.json"
+    )
