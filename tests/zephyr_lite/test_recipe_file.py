@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from zephyr_lite import recipe_file
 from zephyr_lite.errors import RecipeError, StorageError
-from zephyr_lite.recipe import Recipe
+from zephyr_lite.recipe import Recipe, json_schema
 
 HEAD = "name: x\nbase: some/model\n"
 DATA = "data:\n  dialogues: {train: d.jsonl}\n  feedback: {train: [p.jsonl, q.jsonl]}\n"
