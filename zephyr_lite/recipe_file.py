@@ -59,9 +59,14 @@ _Loader.add_implicit_resolver(
 
 
 def folders() -> list[Path]:
-    """Where built-in recipes lie: beside the package first, else in the installed share folder."""
-    here = Path(__file__).resolve().parent.parent / "recipes"
-    return [f for f in (here, Path(sys.prefix) / "share/zephyr-lite/recipes") if f.is_dir()]
+    """Where built-in recipes lie: in this checkout, else in the installed share folder.
+
+    Beside an installed package a folder called `recipes` would be somebody else's.
+    """
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "pyproject.toml").is_file():
+        return [checkout / "recipes"]
+    return [f for f in (Path(sys.prefix) / "share/zephyr-lite/recipes",) if f.is_dir()]
 
 
 def built_in() -> dict[str, Path]:

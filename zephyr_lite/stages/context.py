@@ -98,6 +98,7 @@ class Context:
             except PackageNotFoundError:
                 found[name] = None
         found |= {"device": str(self.device), "threads": torch.get_num_threads()}
+        found |= {"engine": self.recipe.engine, "attention": "sdpa", "dtype": str(self.dtype)}
         if self.device.type == "cuda":
             found |= {"gpu": torch.cuda.get_device_name(self.device), "cuda": torch.version.cuda}
         return found
