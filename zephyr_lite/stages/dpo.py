@@ -24,8 +24,8 @@ from zephyr_lite.model.policy import Policy
 from zephyr_lite.recipe import Dpo
 from zephyr_lite.stages import reference, sft
 from zephyr_lite.stages.context import Context
-from zephyr_lite.stages.reference import EncodedPairs
-from zephyr_lite.storage import open_sealed, seal_digest, sealed_folder
+from zephyr_lite.stages.reference import Side
+from zephyr_lite.storage import open_sealed, read_json, seal_digest, sealed_folder
 from zephyr_lite.train.loop import Job
 from zephyr_lite.train.objectives import Preference
 
@@ -54,7 +54,7 @@ def run(ctx: Context) -> None:
     settings = ctx.recipe.dpo
     if settings is None:
         return
-    reference.run(ctx)
+    train, held_out = reference.run(ctx)
     inputs = {
         "recipe": ctx.run.fields("seed", "base", "dpo", "engine"),
         "reference": ctx.run.output("reference", "set_key"),
@@ -66,18 +66,18 @@ def run(ctx: Context) -> None:
         open_sealed(ctx.run.path("dpo", "adapter"))
         return
     with ctx.stage("dpo", inputs) as record:
-        train, held_out = reference.encode(ctx, "train"), reference.encode(ctx, "eval")
-        train_reference = reference.stored(ctx, train.keys)
-        eval_reference = reference.stored(ctx, held_out.keys)
         stack = _load(ctx, settings)
-        if not ctx.run.path("dpo", "checkpoints").exists():
-            record |= {"audit": _audit(ctx, stack, settings, train, train_reference)}
+        audit = ctx.run.path("dpo", "audit.json")
+        if not audit.exists():  # once, before the first step; a resumed training keeps its figures
+            ctx.write(_audit(ctx, stack, settings, train), "dpo", "audit.json")
+        record |= {"audit": read_json(audit)}
         stack.train()
-        job = _job(ctx, stack.policy, settings, train, train_reference, held_out, eval_reference)
+        job = _job(ctx, stack.policy, settings, train, held_out)
         figures = job.run()
         with sealed_folder(ctx.run.path("dpo", "adapter")) as part:
             save_adapter(stack.policy.model, stack.saved, part, ctx.recipe.base.model)
-        ctx.write({"sft": _parent(eval_reference), "dpo": figures}, "dpo", "eval.json")
+        parent = _parent(held_out.reference)
+        ctx.write({"sft": parent, "dpo": figures}, "dpo", "eval.json")
         record |= {"adapter": seal_digest(ctx.run.path("dpo", "adapter")), "figures": figures}
     job.checkpoints().remove()
 
@@ -97,27 +97,19 @@ def _load(ctx: Context, settings: Dpo) -> _Stack:
     return _Stack(ctx.policy(model), frozen, [*frozen, ADAPTER])
 
 
-def _job(
-    ctx: Context,
-    policy: Policy,
-    settings: Dpo,
-    train: EncodedPairs,
-    train_reference: ReferenceLogProbs,
-    held_out: EncodedPairs,
-    eval_reference: ReferenceLogProbs,
-) -> Job:
+def _job(ctx: Context, policy: Policy, settings: Dpo, train: Side, held_out: Side) -> Job:
     budget = ctx.recipe.memory.tokens_per_micro_batch
 
     def evaluate() -> dict[str, float]:
         if not held_out.pairs:
             return {}
         chosen_P, rejected_P = pair_log_probs(policy, held_out.pairs, budget)
-        return preference_figures(settings, chosen_P, rejected_P, eval_reference)
+        return preference_figures(settings, chosen_P, rejected_P, held_out.reference)
 
     return Job(
         label="dpo",
         policy=policy,
-        objective=Preference(train.pairs, train.ids, train_reference, settings, budget),
+        objective=Preference(train.pairs, train.ids, train.reference, settings, budget),
         settings=settings,
         folder=ctx.run.path("dpo"),
         seed=ctx.recipe.seed,
@@ -134,9 +126,7 @@ def _parent(reference_figures: ReferenceLogProbs) -> dict[str, float]:
     return log_prob_figures(reference_figures.chosen_P, reference_figures.rejected_P)
 
 
-def _audit(
-    ctx: Context, stack: _Stack, settings: Dpo, train: EncodedPairs, stored: ReferenceLogProbs
-) -> dict[str, float]:
+def _audit(ctx: Context, stack: _Stack, settings: Dpo, train: Side) -> dict[str, float]:
     """Two checks before the first step, never mixed.
 
     Wiring: with a fresh adapter the policy equals the reference bit for bit when both are computed
@@ -144,6 +134,7 @@ def _audit(
 
     Raises: VerificationError (exit 7) when either fails.
     """
+    stored = train.reference
     n = min(AUDIT_PAIRS, len(train.pairs))
     chosen = np.linspace(0, len(train.pairs) - 1, n).astype(int).tolist()
     pairs: list[EncodedPair] = [train.pairs[i] for i in chosen]

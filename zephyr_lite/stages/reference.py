@@ -6,7 +6,6 @@ pairs -> token ids -> what the cache lacks -> log-probs under the SFT model -> c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,35 +29,36 @@ LOG_PROB_VERSION = 1  # raise when the way log-probs are computed changes
 
 
 @dataclass(frozen=True)
-class EncodedPairs:
-    """Pairs of one side, tokenised and truncated, with their row ids and cache keys."""
+class Side:
+    """Pairs of one side, `train` or `eval`: row ids, token ids, and the reference's log-probs."""
 
     ids: list[str]
     pairs: list[EncodedPair]
-    keys: list[bytes]
+    reference: ReferenceLogProbs
 
 
-def run(ctx: Context) -> None:
-    """Compute what the cache does not hold yet."""
-    settings = ctx.recipe.dpo
-    if settings is None:
-        return
+def run(ctx: Context) -> tuple[Side, Side]:
+    """Compute what the cache does not hold yet; (train, held out) with their log-probs."""
     key = set_key(ctx)
-    sides = {side: encode(ctx, side) for side in ("train", "eval")}
+    rows = [_encode(ctx, side) for side in ("train", "eval")]
+    pairs = [pair for _, side in rows for pair in side]
+    keys = [pair_key(pair) for pair in pairs]
     inputs = {"set": key, "pairs": ctx.run.output("aif", "pairs")}
     cache = ReferenceCache(cache_folder() / "reference", key)
     for shard in cache.damaged:
         ctx.listener.note(f"reference: damaged shard set aside, computed again: {shard}")
-    keys = [k for side in sides.values() for k in side.keys]
-    if ctx.run.is_done("reference", inputs) and not cache.missing(keys):
-        return
-    with ctx.stage("reference", inputs) as record:
-        pairs = [p for side in sides.values() for p in side.pairs]
-        missing = cache.missing(keys)
-        if missing:
-            _compute(ctx, cache, keys, pairs, missing)
-        ctx.write({"set_key": cache.set_key, "key": key}, "reference", "key.json")
-        record |= {"set_key": cache.set_key, "computed": len(missing), "pairs": len(keys)}
+    missing = cache.missing(keys)
+    if missing or not ctx.run.is_done("reference", inputs):
+        with ctx.stage("reference", inputs) as record:
+            if missing:
+                _compute(ctx, cache, keys, pairs, missing)
+            ctx.write({"set_key": cache.set_key, "key": key}, "reference", "key.json")
+            record |= {"set_key": cache.set_key, "computed": len(missing), "pairs": len(keys)}
+    (train_ids, train), (eval_ids, held_out) = rows
+    return (
+        Side(train_ids, train, cache.get(keys[: len(train)])),
+        Side(eval_ids, held_out, cache.get(keys[len(train) :])),
+    )
 
 
 def set_key(ctx: Context) -> dict[str, Any]:
@@ -78,8 +78,8 @@ def set_key(ctx: Context) -> dict[str, Any]:
     }
 
 
-def encode(ctx: Context, side: str) -> EncodedPairs:
-    """Pairs of one side as ids; those whose answers became equal by truncation are left out."""
+def _encode(ctx: Context, side: str) -> tuple[list[str], list[EncodedPair]]:
+    """Row ids and pairs of one side; those that truncation made equal are left out."""
     settings = _settings(ctx)
     rows = aif.read_pairs(ctx, side)
     encoded = ctx.tokenizer.encode_pairs(
@@ -91,16 +91,10 @@ def encode(ctx: Context, side: str) -> EncodedPairs:
     _report(ctx, side, rows, encoded, kept)
     if side == "train" and not kept:
         raise DataError("no preference pair is left after truncation")
-    pairs = [encoded[i] for i in kept]
-    return EncodedPairs([rows[i].id for i in kept], pairs, [pair_key(p) for p in pairs])
+    return [rows[i].id for i in kept], [encoded[i] for i in kept]
 
 
-def stored(ctx: Context, keys: Sequence[bytes]) -> ReferenceLogProbs:
-    """Reference log-probs of known pairs."""
-    return ReferenceCache(cache_folder() / "reference", set_key(ctx)).get(keys)
-
-
-def reference_policy(ctx: Context) -> Policy:
+def _reference_policy(ctx: Context) -> Policy:
     """The SFT model, or the base where there is no dSFT; nothing trains."""
     model: Any = ctx.load_model()
     if not ctx.recipe.sft:
@@ -124,7 +118,7 @@ def _compute(
     missing: list[int],
 ) -> None:
     """Fill the cache shard by shard; a kill costs at most one."""
-    policy = reference_policy(ctx)
+    policy = _reference_policy(ctx)
     budget = ctx.recipe.memory.tokens_per_micro_batch
     shards = [missing[at : at + SHARD_PAIRS] for at in range(0, len(missing), SHARD_PAIRS)]
     ctx.listener.start("reference", len(shards), 0)
