@@ -243,7 +243,7 @@ class Memory(Section):
 
     tokens_per_micro_batch: int = _how(8192, "Tokens of one forward and backward.", ge=8)
     checkpointing: Literal["none", "full"] = _how(
-        "none", "`full` recomputes every layer in the backward: least memory, a third slower."
+        "none", "`full` recomputes every layer in the backward: least memory, one more forward."
     )
     head_rows: int = _how(1024, "Rows of logits alive at once in the head.", ge=1)
 

@@ -40,7 +40,7 @@ def test_killed_runs_end_in_the_same_bytes(command, micro, tmp_path):
     assert status == 0, text
     truth = _hashes(whole)
 
-    rng, kills, stages = random.Random(20), 0, Counter()
+    rng, kills, runs, stages = random.Random(20), 0, 0, Counter()
     while kills < KILLS:
         folder, home = tmp_path / "killed", tmp_path / "killed-home"
         status = None
@@ -54,9 +54,10 @@ def test_killed_runs_end_in_the_same_bytes(command, micro, tmp_path):
                 kills += 1
                 stages[_stage(folder, home)] += 1
         assert _hashes(folder) == truth, f"after kills in {dict(stages)}"
+        runs += 1
         shutil.rmtree(folder)
         shutil.rmtree(home)
-    print(f"{kills} kills: {dict(stages)}")
+    print(f"{kills} kills in {runs} runs, each run compared at its end: {dict(stages)}")
     assert len(stages) >= 4, f"the kills did not reach enough stages: {dict(stages)}"
 
 
