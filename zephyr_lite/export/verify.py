@@ -50,8 +50,8 @@ ODD_STRINGS = (
 class Gate:
     """What a type must keep to: nats over all positions, share of decided positions.
 
-    Q8_0 was 1e-3 until the 64-wide stories260K, whose rows are two blocks long, measured 1.3e-3 with
-    a sound file; narrow models may still fail it. The 256-wide tiny model measures 6e-5.
+    Q8_0 was 1e-3 until the 64-wide stories260K, whose rows are two blocks long, measured 1.3e-3
+    with a sound file; narrow models may still fail it. The 256-wide tiny model measures 6e-5.
     """
 
     mean_kl: float
