@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from zephyr_lite.data.chat import ZEPHYR_TEMPLATE, render, template_hash
 from zephyr_lite.data.dialogues import load_dialogues
 from zephyr_lite.data.sources import Row, read_rows
+from zephyr_lite.data.split import hold_out
 from zephyr_lite.errors import DataError, RecipeError
 from zephyr_lite.export.fold import FoldedModel
 from zephyr_lite.export.gguf import write_gguf
@@ -203,21 +204,41 @@ def _comparisons(ctx: Context, policy: Policy) -> list[tuple[Messages, list[int]
 
 
 def _held_out(ctx: Context) -> list[tuple[Messages, str]]:
-    """(prompt, answer) that no training step has seen; training rows where nothing is held out."""
-    if ctx.recipe.data.feedback:
-        pairs = aif.read_pairs(ctx, "eval") or aif.read_pairs(ctx, "train")
-        return [([dict(m) for m in pair.prompt], pair.chosen) for pair in pairs]
+    """(prompt, answer) that no training step has seen; where nothing is held out, that is said."""
+    held_out, trained = _pair_rows(ctx) if ctx.recipe.data.feedback else _dialogue_rows(ctx)
+    if not held_out:
+        ctx.listener.note("export: nothing is held out, so files are compared on training prompts")
+    return held_out or trained
+
+
+def _pair_rows(ctx: Context) -> tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]]:
+    """(held out, trained on), from the preference pairs."""
+    held_out, trained = (
+        [([dict(m) for m in pair.prompt], pair.chosen) for pair in aif.read_pairs(ctx, side)]
+        for side in ("eval", "train")
+    )
+    return held_out, trained
+
+
+def _dialogue_rows(ctx: Context) -> tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]]:
+    """(held out, trained on), from the dialogues; as dSFT splits them."""
     split = ctx.recipe.data.dialogues
     if split is None:
         raise DataError("the recipe names no data to check the export with")
     dialogues, _ = load_dialogues(
         split.eval or split.train,
-        limit=4 * ctx.recipe.export.verify_prompts,
         on_fault="drop",
         special_tokens=ctx.tokenizer.special_tokens,
         offline=ctx.run.offline,
     )
-    return [([dict(m) for m in d.messages[:-1]], d.messages[-1]["content"]) for d in dialogues]
+    trained, held_out = hold_out(dialogues, split.holdout, lambda d: d.messages)
+    if split.eval:
+        trained, held_out = [], dialogues
+    held_out, trained = (
+        [([dict(m) for m in d.messages[:-1]], d.messages[-1]["content"]) for d in side]
+        for side in (held_out, trained)
+    )
+    return held_out, trained
 
 
 def _ask(ctx: Context, name: str, questions: str) -> dict[str, Any]:

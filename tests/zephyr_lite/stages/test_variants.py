@@ -114,3 +114,26 @@ def test_what_is_missing_is_said_before_anything_is_trained(
     assert status == 2
     assert "missing.jsonl: no such file" in text
     assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_said"),
+    [
+        (("data.feedback.eval=[]",), True),
+        (("dpo=null", "data.feedback=null", "data.dialogues.eval=[]"), True),
+        (
+            (
+                "dpo=null",
+                "data.feedback=null",
+                "data.dialogues.eval=[]",
+                "data.dialogues.holdout=0.3",
+            ),
+            False,
+        ),
+    ],
+    ids=["pairs", "dialogues", "dialogues held out by hash"],
+)
+def test_comparing_on_training_prompts_is_said(command, micro, home, tmp_path, overrides, is_said):
+    status, text = _run(command, micro, tmp_path, home, *overrides)
+    assert status == 0, text
+    assert ("compared on training prompts" in text) == is_said
