@@ -23,7 +23,11 @@ class Section(BaseModel):
     """A frozen part of the recipe; unknown keys are errors."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,  # `sft.from` is a keyword of Python, not of recipes
     )
 
 
@@ -41,7 +45,19 @@ class Source(Section):
         description="JSON, JSONL or parquet file, a folder of them, or a hub dataset id."
     )
     split: str | None = Field(None, description="Split name of a hub dataset; unused for files.")
+    file: str | None = Field(
+        None, description="One file of a hub dataset's repository, read instead of a split."
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a hub dataset; unused for files."
+    )
     limit: int | None = Field(None, ge=1, description="Read at most this many rows.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="Share of its rows in the mixture: 0.5 takes a seeded half, 2 every row twice.",
+    )
 
 
 def _as_source(value: Any) -> Any:
@@ -77,6 +93,19 @@ class Split(Section):
     )
 
 
+class Dialogues(Split):
+    """Dialogues for dSFT, and what is done to them before they are tokenised."""
+
+    truecase: bool = Field(
+        False, description="Repair user turns typed without capitals (ultrachat_200k's truecasing)."
+    )
+    drop_refusals: bool = Field(
+        False,
+        description="Leave out dialogues in which the assistant refuses as a machine (`I do not "
+        "have personal opinions`), as ultrachat_200k does.",
+    )
+
+
 class Feedback(Split):
     """AI feedback and how it becomes preference pairs."""
 
@@ -89,13 +118,23 @@ class Feedback(Split):
         "drop",
         description="A pair whose two scores are equal is dropped or kept; both are counted.",
     )
+    exclude_sources: tuple[str, ...] = Field(
+        ("truthful_qa",),
+        description="Rows whose own `source` is one of these are left out and counted: "
+        "UltraFeedback draws on TruthfulQA, which is also a benchmark.",
+    )
 
 
 class Data(Section):
     """Everything read from outside."""
 
-    dialogues: Split | None = Field(default=None, description="Dialogues for dSFT.")
+    dialogues: Dialogues | None = Field(default=None, description="Dialogues for dSFT.")
     feedback: Feedback | None = Field(default=None, description="AI feedback for dDPO.")
+    decontaminate: Sources = Field(
+        default=(),
+        description="Benchmarks: a training row that shares more than half of the normalised "
+        "8-grams of one of their prompts is left out and counted.",
+    )
     on_fault: Literal["stop", "drop"] = Field(
         default="stop",
         description="A faulty row (empty answer, chosen == rejected, ...) stops the run with file "
@@ -191,6 +230,12 @@ class Base(Section):
 class Sft(Training):
     """dSFT: supervised fine-tuning on the teacher's dialogues."""
 
+    start: str | None = Field(
+        None,
+        alias="from",
+        description="A finished SFT adapter (PEFT folder) or SFT model (folder or hub id) taken in "
+        "place of training.",
+    )
     max_length: int = Field(2048, ge=8, description="Tokens of one packed row.")
     packing: Literal["masked", "wrapped"] = Field(
         "masked",
@@ -211,8 +256,16 @@ class Dpo(Training):
         description="`stacked`: a new adapter over the frozen SFT adapter; `continue`: train the "
         "SFT adapter on.",
     )
-    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field(
-        "sigmoid", description="Preference loss: DPO, IPO, hinge (SLiC) or robust DPO."
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "sft"] = Field(
+        "sigmoid",
+        description="Preference loss: DPO, IPO, hinge (SLiC) or robust DPO; `sft` is the paper's "
+        "dSFT-2, the chosen answer's NLL per token and no preference.",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="The adapter that is kept: the last step's, or the one with the best "
+        "held-out accuracy of the evaluations every `eval_every` steps (a tie: lower loss, then "
+        "earlier).",
     )
     beta: float = Field(0.01, gt=0, description="Strength of the tie to the reference, 1/nats.")
     label_smoothing: float = Field(
@@ -233,7 +286,9 @@ class Dpo(Training):
             raise ValueError("max_prompt_length must be below max_length")
         if self.loss == "robust" and self.label_smoothing == 0:
             raise ValueError("loss: robust needs label_smoothing > 0")
-        if self.loss in ("ipo", "hinge") and self.label_smoothing > 0:
+        if self.keep == "best" and self.eval_every is None:
+            raise ValueError("keep: best needs eval_every")
+        if self.loss in ("ipo", "hinge", "sft") and self.label_smoothing > 0:
             raise ValueError(f"label_smoothing has no meaning under loss: {self.loss}")
         return self
 
@@ -294,8 +349,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
-        if self.sft and not self.data.dialogues:
-            raise ValueError("sft needs data.dialogues")
+        if self.sft and not self.sft.start and not self.data.dialogues:
+            raise ValueError("sft needs data.dialogues, or sft.from")
         if self.dpo and not self.data.feedback:
             raise ValueError("dpo needs data.feedback")
         for name, (low, high) in self.expect.items():
@@ -321,9 +376,9 @@ def result_fields(section: BaseModel, prefix: str = "") -> dict[str, Any]:
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("affects_result") is False:
             continue
-        value = getattr(section, name)
+        value, key = getattr(section, name), field.alias or name
         if isinstance(value, BaseModel):
-            found |= result_fields(value, f"{prefix}{name}.")
+            found |= result_fields(value, f"{prefix}{key}.")
         else:
-            found[prefix + name] = section.model_dump(mode="json", include={name})[name]
+            found[prefix + key] = section.model_dump(mode="json", include={name})[key]
     return found

@@ -301,7 +301,8 @@ def _names(path: list[str]) -> list[str]:
             continue
         field = getattr(section, "model_fields", {}).get(part)
         section = None if field is None else _section_of(field.annotation)
-    return list(getattr(section, "model_fields", {}))
+    fields = getattr(section, "model_fields", {})
+    return [field.alias or name for name, field in fields.items()]
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

@@ -112,9 +112,9 @@ def test_every_field_is_either_a_result_or_marked(recipe):
         if (field.json_schema_extra or {}).get("affects_result") is False
     ]
     every = {
-        f"{section}.{name}"
+        f"{section}.{field.alias or name}"
         for section in ("sft", "dpo", "memory")
-        for name in type(getattr(recipe, section)).model_fields
+        for name, field in type(getattr(recipe, section)).model_fields.items()
     }
     assert every - set(marked) - {"sft.lora", "dpo.lora"} <= names
     assert {n for n in names if n.startswith(("sft.lora.", "dpo.lora."))}

@@ -27,6 +27,7 @@ def preference_loss(
     sigmoid   -(1 - e) log s(b h) - e log s(-b h)              arXiv 2305.18290 eq. 7; e: cDPO
     ipo       (h' - 1 / (2 b))^2, h' from per-token means      arXiv 2310.12036 eq. 17
     hinge     max(0, 1 - b h)                                  SLiC, arXiv 2309.06657
+    sft       -log pi(y_w|x) / |y_w|                           dSFT-2, arXiv 2310.16944 table 3
     robust    (-(1 - e) log s(b h) + e log s(-b h)) / (1 - 2e)     arXiv 2403.00409
 
     with b = beta, e = label_smoothing, s the logistic function. IPO divides each answer's log-prob
@@ -41,6 +42,8 @@ def preference_loss(
         loss_P = (win_P / chosen_len_P - lose_P / rejected_len_P - 1 / (2 * beta)) ** 2
     elif settings.loss == "hinge":
         loss_P = relu(1 - scaled_P)
+    elif settings.loss == "sft":
+        loss_P = -chosen_P / chosen_len_P
     else:
         unbiased = -(1 - smoothing) * logsigmoid(scaled_P) + smoothing * logsigmoid(-scaled_P)
         loss_P = unbiased / (1 - 2 * smoothing)
