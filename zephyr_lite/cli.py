@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import operator
 import os
+import shlex
 import signal
 import sys
 import time
@@ -21,7 +23,7 @@ from zephyr_lite.errors import MachineError, RecipeError, Stopped, StorageError,
 from zephyr_lite.stopping import Interrupted, Stop
 
 if TYPE_CHECKING:
-    from zephyr_lite.recipe import Base, Recipe
+    from zephyr_lite.recipe import Recipe
     from zephyr_lite.stages.context import Context
 
 SMALL_BYTES = 2 << 30  # weights that a CPU can train in hours
@@ -48,30 +50,45 @@ SetField = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="NDJSON events on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only what must be known.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no connection.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Take no stage over from other runs.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")]
 
 
 @app.command()
 def run(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="20 steps of all stages first, in a scratch folder.")
+    ] = False,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
+    fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Do every stage that is not done yet, from base model to GGUF."""
     began = time.monotonic()
     with _context(
-        recipe, run_dir, set_field, json, quiet, offline, device, needs="sft or dpo"
-    ) as ctx:
+        recipe, run_dir, set_field, json, quiet, offline, device,
+        needs="sft or dpo", writes=not rehearse, reuse=not fresh,
+    ) as ctx:  # fmt: skip
         from zephyr_lite.stages import aif, dpo, export, sft
 
+        where = ["--run", str(run_dir)] if run_dir else []
+        if rehearse:
+            from zephyr_lite.stages import rehearse as rehearsal
+
+            sets = [word for text in set_field or () for word in ("--set", text)]
+            chosen = [] if device == "auto" else ["--device", device]
+            words = ["zephyr-lite", "run", recipe, *where, *sets, *chosen]
+            rehearsal.run(ctx, shlex.join(words))
+            return
         export.check_inputs(ctx)
+        dpo.check_inputs(ctx)
         aif.run(ctx)  # first: a faulty row of feedback must not surface after a day of dSFT
         sft.run(ctx)
         dpo.run(ctx)
         export.run(ctx)
         ctx.compare_with_expected()
         minutes = (time.monotonic() - began) / 60
-        where = f" --run {run_dir}" if run_dir else ""
-        chat = f"zephyr-lite chat {recipe}{where}"
+        chat = shlex.join(["zephyr-lite", "chat", recipe, *where])
         ctx.listener.note(f"done in {minutes:.1f} min; talk to it: {chat}")
 
 
@@ -79,55 +96,42 @@ def run(
 def sft(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
+    fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """dSFT: fine-tune on the teacher's dialogues."""
-    with _context(recipe, run_dir, set_field, json, quiet, offline, device, needs="sft") as ctx:
-        from zephyr_lite.stages import sft as stage
-
-        stage.run(ctx)
+    _do(("sft",), "sft", recipe, run_dir, set_field, json, quiet, offline, device, fresh)
 
 
 @app.command()
 def aif(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
+    fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """AI feedback: make preference pairs and report what was dropped."""
-    with _context(
-        recipe, run_dir, set_field, json, quiet, offline, device, needs="data.feedback"
-    ) as ctx:
-        from zephyr_lite.stages import aif as stage
-
-        stage.run(ctx)
+    _do(("aif",), "data.feedback", recipe, run_dir, set_field, json, quiet, offline, device, fresh)
 
 
 @app.command()
 def ref(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
+    fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Reference log-probs, once (dpo runs it when they are missing)."""
-    with _context(recipe, run_dir, set_field, json, quiet, offline, device, needs="dpo") as ctx:
-        from zephyr_lite.stages import aif, reference
-        from zephyr_lite.stages import sft as parent
-
-        for stage in (aif, parent, reference):
-            stage.run(ctx)
+    stages = ("aif", "sft", "reference")
+    _do(stages, "dpo", recipe, run_dir, set_field, json, quiet, offline, device, fresh)
 
 
 @app.command()
 def dpo(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
+    fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """dDPO: preference optimisation (runs what it needs first)."""
-    with _context(recipe, run_dir, set_field, json, quiet, offline, device, needs="dpo") as ctx:
-        from zephyr_lite.stages import aif
-        from zephyr_lite.stages import dpo as stage
-        from zephyr_lite.stages import sft as parent
-
-        for each in (aif, parent, stage):
-            each.run(ctx)
+    stages = ("aif", "sft", "dpo")
+    _do(stages, "dpo", recipe, run_dir, set_field, json, quiet, offline, device, fresh)
 
 
 @app.command()
@@ -164,8 +168,9 @@ def chat(
     """Talk to the exported file, or to a stage with --stage."""
     _check_choice("--stage", stage, (None, "dpo", "sft", "base"))
     with _context(
-        recipe, run_dir, set_field, False, True, offline, device, must_exist=True, writes=False
-    ) as ctx:
+        recipe, run_dir, set_field, False, True, offline, device,
+        must_exist=True, writes=False, trains=False,
+    ) as ctx:  # fmt: skip
         from zephyr_lite.stages import chat as work
 
         work.run(ctx, stage, prompt, max_tokens, temperature)
@@ -250,18 +255,37 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _do(
+    stages: tuple[str, ...], needs: str, recipe: str, run_dir: Path | None,
+    set_field: list[str] | None, json: bool, quiet: bool, offline: bool, device: str, fresh: bool,
+) -> None:  # fmt: skip
+    """Run some stages, each unless it is done, in this order."""
+    with _context(
+        recipe, run_dir, set_field, json, quiet, offline, device, needs=needs, reuse=not fresh
+    ) as ctx:
+        modules = [importlib.import_module(f"zephyr_lite.stages.{name}") for name in stages]
+        for module in modules:
+            if hasattr(module, "check_inputs"):  # what must not surface after a day of dSFT
+                module.check_inputs(ctx)
+        for module in modules:
+            module.run(ctx)
+
+
 @contextmanager
 def _context(
     name: str, run_dir: Path | None, overrides: list[str] | None,
     json: bool, quiet: bool, offline: bool, device: str,
-    *, needs: str | None = None, must_exist: bool = False, writes: bool = True,
+    *, needs: str | None = None, must_exist: bool = False,
+    writes: bool = True, trains: bool = True, reuse: bool = False,
 ) -> Iterator[Context]:  # fmt: skip
     """Recipe, run folder, device, signals and progress of one command.
 
     Args:
         needs: a section that the recipe must have, or several joined by " or ".
         must_exist: the run folder must be there already.
-        writes: False looks only: it takes no lock, and a large base needs no GPU.
+        writes: False looks only: it takes no lock.
+        trains: a large base needs a GPU.
+        reuse: stages that a run beside this one finished are taken over.
     """
     from zephyr_lite import recipe_file
     from zephyr_lite.run import Run, default_folder
@@ -275,7 +299,7 @@ def _context(
         raise RecipeError(f"{folder} does not exist", hint=f"zephyr-lite run {name}")
     if offline:
         _stay_offline()
-    chosen = _choose_device(device, needs_gpu=writes and _needs_gpu(recipe.base))
+    chosen = _choose_device(device, needs_gpu=trains and _needs_gpu(recipe))
     import torch
 
     from zephyr_lite.report.progress import JsonProgress, QuietProgress, TerminalProgress
@@ -283,7 +307,7 @@ def _context(
 
     listener = JsonProgress() if json else QuietProgress() if quiet else TerminalProgress()
     stop = Stop()
-    with stop.installed(), Run(recipe, folder, offline, writes) as run:
+    with stop.installed(), Run(recipe, folder, offline, writes, reuse, listener.note) as run:
         try:
             yield Context(run, torch.device(chosen), listener, stop)
         finally:
@@ -317,14 +341,19 @@ def _choose_device(asked: str, *, needs_gpu: bool) -> str:
     return "cuda" if has_gpu else "cpu"
 
 
-def _needs_gpu(base: Base) -> bool:
-    """Whether this base is too large for a CPU: a hub model, or a folder of large weights."""
-    if base.build is not None:
-        return False
-    folder = Path(base.model).expanduser()
+def _needs_gpu(recipe: Recipe) -> bool:
+    """Whether the model is too large for a CPU: on the hub, or a folder of large weights."""
+    start = recipe.sft.start if recipe.sft else None
+    if start and Path(start).expanduser().is_dir() and _is_large(start):
+        return True
+    return recipe.base.build is None and _is_large(recipe.base.model)
+
+
+def _is_large(model: str) -> bool:
+    folder = Path(model).expanduser()
     if folder.is_dir():
         return sum(f.stat().st_size for f in folder.glob("*.safetensors")) > SMALL_BYTES
-    return not base.model.startswith((".", "/", "~"))
+    return not model.startswith((".", "/", "~"))
 
 
 def _stay_offline() -> None:

@@ -44,16 +44,18 @@ class Source(Section):
     path: str = Field(
         description="JSON, JSONL or parquet file, a folder of them, or a hub dataset id."
     )
-    split: str | None = Field(None, description="Split name of a hub dataset; unused for files.")
+    split: str | None = Field(
+        default=None, description="Split name of a hub dataset; unused for files."
+    )
     file: str | None = Field(
-        None, description="One file of a hub dataset's repository, read instead of a split."
+        default=None, description="One file of a hub dataset's repository, read instead of a split."
     )
     revision: str | None = Field(
-        None, description="Branch, tag or commit of a hub dataset; unused for files."
+        default=None, description="Branch, tag or commit of a hub dataset; unused for files."
     )
-    limit: int | None = Field(None, ge=1, description="Read at most this many rows.")
+    limit: int | None = Field(default=None, ge=1, description="Read at most this many rows.")
     weight: float = Field(
-        1.0,
+        default=1.0,
         gt=0,
         le=100,
         description="Share of its rows in the mixture: 0.5 takes a seeded half, 2 every row twice.",
@@ -296,11 +298,11 @@ class Dpo(Training):
 class Memory(Section):
     """How the work is cut to fit; never what is computed."""
 
-    tokens_per_micro_batch: int = _how(8192, "Tokens of one forward and backward.", ge=8)
+    tokens_per_micro_batch: int = _how(2048, "Tokens of one forward and backward.", ge=8)
     checkpointing: Literal["none", "full"] = _how(
         "none", "`full` recomputes every layer in the backward: least memory, one more forward."
     )
-    head_rows: int = _how(1024, "Rows of logits alive at once in the head.", ge=1)
+    head_rows: int = _how(256, "Rows of logits alive at once in the head.", ge=1)
 
 
 class Export(Section):
@@ -362,8 +364,21 @@ class Recipe(Section):
 
 
 def json_schema() -> dict[str, Any]:
-    """The recipe's JSON schema, for editors that complete and check YAML."""
+    """The recipe's JSON schema, for editors that complete and check YAML.
+
+    It is the schema of a file, which may extend another one: then a section need not be whole, and
+    null takes out the parent's.
+    """
     schema = Recipe.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    for key in ("data", "memory", "export", "expect"):
+        form = schema["properties"][key]
+        about = {k: form.pop(k) for k in ("default", "description", "title") if k in form}
+        schema["properties"][key] = {"anyOf": [form, {"type": "null"}], **about}
+    text = "A built-in recipe, or a file beside this one, that this file is laid over."
+    schema["properties"]["extends"] = {"type": "string", "description": text}
+    schema["anyOf"] = [{"required": ["name", key]} for key in ("base", "extends")]
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "zephyr-lite recipe"
     return schema

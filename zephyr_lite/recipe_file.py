@@ -1,4 +1,8 @@
-"""Recipe files: where they lie, how YAML is read, and errors that name the file and the line."""
+"""Recipe files: where they lie, how YAML is read, and errors that name the file and the line.
+
+`extends: NAME | FILE` lays a file over another one. What is laid over each other are YAML's nodes,
+not values, because a node knows the file and the line it stands in.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,8 @@ from zephyr_lite.recipe import SHORT_FORMS, Recipe
 
 MAX_BYTES = 1 << 20
 PLAIN_TEXT = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")
+NULL = "tag:yaml.org,2002:null"
+OWN_KEYS = ("name", "description")  # a file's own: whoever extends it is another recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,10 +76,10 @@ def folders() -> list[Path]:
 
 
 def built_in() -> dict[str, Path]:
-    """Name -> file of every built-in recipe."""
+    """Name -> file of every built-in recipe, those of subfolders last."""
     found: dict[str, Path] = {}
     for folder in folders():
-        for file in sorted(folder.rglob("*.yaml")):
+        for file in sorted(folder.rglob("*.yaml"), key=lambda f: (len(f.parts), f.with_suffix(""))):
             found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
     return found
 
@@ -96,20 +102,20 @@ def find(name: str | Path) -> Path:
 
 
 def load(name: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a built-in recipe or a file and apply `a.b=c` overrides.
+    """Read a built-in recipe or a file, with what it extends, and apply `a.b=c` overrides.
 
     Raises: RecipeError with file and line (or the `--set` at fault), the key and the nearest right
         name; StorageError when the file cannot be read.
     """
-    file = find(name)
-    tree, node = _read(file)
+    node = _extended(find(name))
+    tree = _value(node)
     try:
         return Recipe.model_validate(_overridden(tree, overrides))
     except ValidationError as error:
         first = _ranked(error)[0]
     if _key(first) not in map(_key, _faults(tree)):
         raise _explain(first, _culprits(first, tree, overrides))
-    raise _explain(first, f"{file}:{_line(node, _loc(first))}")
+    raise _explain(first, _place(node, _loc(first)))
 
 
 def parse(text: str) -> Any:
@@ -117,9 +123,10 @@ def parse(text: str) -> Any:
     return _parse(text)[0]
 
 
-def _parse(text: str) -> tuple[Any, yaml.Node | None]:
-    """A value, and the nodes that know its lines."""
+def _parse(text: str, file: Path | None = None) -> tuple[Any, yaml.Node | None]:
+    """A value, and the nodes that know its lines, and its file where there is one."""
     loader = _Loader(text)
+    loader.name = str(file)
     try:
         node = loader.get_single_node()
         return (None if node is None else loader.construct_document(node)), node
@@ -127,12 +134,21 @@ def _parse(text: str) -> tuple[Any, yaml.Node | None]:
         loader.dispose()
 
 
-def _read(file: Path) -> tuple[dict[str, Any], yaml.Node]:
+def _value(node: yaml.Node) -> Any:
+    """What nodes stand for. They were all read before, so nothing can be wrong with them."""
+    loader = _Loader("")
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _read(file: Path) -> tuple[dict[str, Any], yaml.MappingNode]:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise RecipeError(f"{file}: larger than {MAX_BYTES} bytes; this is not a recipe")
         text = file.read_text(encoding="utf-8-sig")
-        tree, node = _parse(text)
+        tree, node = _parse(text, file)
     except OSError as error:
         raise StorageError(f"{file}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -144,9 +160,75 @@ def _read(file: Path) -> tuple[dict[str, Any], yaml.Node]:
         raise RecipeError(f"{file}:{line}: not YAML: {error.problem}", hint=hint) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{file}: not YAML: {_reason(error)}") from None
-    if not isinstance(tree, dict) or node is None:
+    if not isinstance(tree, dict) or not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{file}: a recipe is a mapping of keys to values")
     return tree, node
+
+
+def _extended(file: Path, children: tuple[Path, ...] = ()) -> yaml.MappingNode:
+    """A file's nodes over those of the file that it extends, and so on up.
+
+    Args:
+        children: the files that have led here, the first one first.
+    """
+    tree, node = _read(file)
+    if "extends" not in tree:
+        return node
+    where = _place(node, ["extends"])
+    parent, line = _parent(file, tree["extends"], where), (*children, file)
+    if parent.resolve() in [child.resolve() for child in line]:
+        ring = " > ".join(str(each) for each in (*line, parent))
+        raise RecipeError(f"{where}: extends: these recipes extend each other: {ring}")
+    inherited, own = _extended(parent, line), _without(node, "extends")
+    return _over(own, _without(inherited, *OWN_KEYS))
+
+
+def _parent(file: Path, name: Any, where: str) -> Path:
+    """The file behind `extends`: a built-in name, else a path seen from the file's own folder."""
+    if not isinstance(name, str):
+        hint = "a recipe extends one other: its built-in name, or its file"
+        raise RecipeError(f"{where}: extends: must be a name (got {name!r:.60})", hint=hint)
+    try:
+        return find(name if name in built_in() else file.parent / Path(name).expanduser())
+    except RecipeError:
+        near = difflib.get_close_matches(name, built_in(), 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"built-in: {', '.join(built_in())}"
+        message = (
+            f"{where}: extends: {name!r:.80} is no built-in recipe and no file beside this one"
+        )
+        raise RecipeError(message, hint=hint) from None
+
+
+def _without(node: yaml.MappingNode, *names: str) -> yaml.MappingNode:
+    """A mapping without some of its keys."""
+    pairs = [(key, value) for key, value in node.value if key.value not in names]
+    return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
+
+
+def _over(child: yaml.MappingNode, parent: yaml.MappingNode) -> yaml.MappingNode:
+    """One mapping laid over another.
+
+    Sections are merged key by key, everything else replaces; `null` takes out what the parent says.
+    """
+    merged = {key.value: (key, value) for key, value in parent.value}
+    for key, value in child.value:
+        below = merged.pop(key.value, (key, None))[1]
+        if isinstance(value, yaml.MappingNode):
+            below = _section(key.value, below)
+        if isinstance(value, yaml.MappingNode) and isinstance(below, yaml.MappingNode):
+            merged[key.value] = key, _over(value, below)
+        elif below is None or value.tag != NULL:
+            merged[key.value] = key, value
+    return yaml.MappingNode(child.tag, [*merged.values()], child.start_mark, child.end_mark)
+
+
+def _section(name: str, node: yaml.Node | None) -> yaml.Node | None:
+    """A short form written out, so that a section can be laid over it."""
+    if name not in SHORT_FORMS or not isinstance(node, yaml.ScalarNode) or node.tag == NULL:
+        return node
+    marks = node.start_mark, node.end_mark
+    key = yaml.ScalarNode("tag:yaml.org,2002:str", SHORT_FORMS[name], *marks)
+    return yaml.MappingNode("tag:yaml.org,2002:map", [(key, node)], *marks)
 
 
 def _reason(error: Exception) -> str:
@@ -277,20 +359,20 @@ def _abbreviated(key: str, names: list[str]) -> list[str]:
     return [n for n in names if "".join(word[0] for word in n.split("_")) == key][:1]
 
 
-def _line(node: yaml.Node, loc: list[str]) -> int:
-    """1-based line of the deepest part of `loc` that the file has."""
-    line = node.start_mark.line + 1
+def _place(node: yaml.Node, loc: list[str]) -> str:
+    """File and 1-based line of the deepest part of `loc` that is written anywhere."""
+    mark = node.start_mark
     for part in loc:
         if isinstance(node, yaml.MappingNode):
             found = next(((k, v) for k, v in node.value if k.value == part), None)
             if found is not None:
-                line, node = found[0].start_mark.line + 1, found[1]
+                mark, node = found[0].start_mark, found[1]
             elif not part.isdigit():  # one source stands for a list of one
                 break
         elif isinstance(node, yaml.SequenceNode) and part.isdigit():
             node = node.value[int(part)]
-            line = node.start_mark.line + 1
-    return line
+            mark = node.start_mark
+    return f"{mark.name}:{mark.line + 1}"
 
 
 def _names(path: list[str]) -> list[str]:

@@ -10,6 +10,11 @@
 A stage's *inputs* are the recipe fields it reads and the hashes of its parents' outputs. Their hash
 is its fingerprint: the same command again does nothing when it matches, and is refused with a diff
 when it does not, because half a run under one recipe and half under another is nobody's experiment.
+
+A run beside this one (runs/*) that finished a stage from the same inputs, under the same version of
+zephyr-lite, has done its work for this run too: its files are hard-linked here, verified, and the
+manifest says `linked_from`. Deleting the other run later takes nothing away. Reference log-probs
+need no link (their cache is shared), and an export is made anew: its files bear the run's name.
 """
 
 from __future__ import annotations
@@ -17,7 +22,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,19 +35,44 @@ import yaml
 from zephyr_lite import __version__
 from zephyr_lite.errors import LockedError, RecipeError, StorageError
 from zephyr_lite.recipe import Recipe, result_fields
-from zephyr_lite.storage import digest, read_json, sweep, write_json, write_text
+from zephyr_lite.storage import (
+    SEAL,
+    digest,
+    file_digest,
+    open_sealed,
+    read_json,
+    seal_digest,
+    sealed_folder,
+    sweep,
+    write_json,
+    write_text,
+)
 
 STAGES = ("sft", "aif", "reference", "dpo", "export")
+LINKED_STAGES = ("sft", "aif", "dpo")
+CHECKPOINTS = "checkpoints"
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 @dataclass
 class Run:
-    """A run folder held by this process. Use `with Run(recipe, folder) as run:`."""
+    """A run folder held by this process. Use `with Run(recipe, folder) as run:`.
+
+    Args:
+        writes: False looks only: no lock is taken and nothing is recorded.
+        reuse: whether stages that a run beside this one finished are taken over.
+        note: told what was taken over, and what could not be.
+    """
 
     recipe: Recipe
     folder: Path
     offline: bool = False
-    writes: bool = True  # False: look only; no lock is taken and nothing is recorded
+    writes: bool = True
+    reuse: bool = False
+    note: Callable[[str], None] = _to_stderr
     manifest: dict[str, Any] = field(default_factory=dict)
     _lock: int | None = None
 
@@ -80,25 +113,25 @@ class Run:
         }
 
     def is_done(self, stage: str, inputs: dict[str, Any], *, binding: bool = True) -> bool:
-        """Whether a stage was finished from these inputs.
+        """Whether a stage was finished from these inputs, here or in a run beside this one.
 
         Args:
             binding: False for a stage that is cheap: other inputs do it again.
         Raises: RecipeError with a diff when work done from other inputs is kept here: a result, or
             a checkpoint. What was stopped before that (a faulty row, say) binds nobody.
         """
-        entry = self.manifest["stages"].get(stage)
-        if entry is None:
+        entry, fingerprint = self.manifest["stages"].get(stage), digest(inputs)
+        if entry is None or not self._keeps_work(stage):
+            return self._take_over(stage, fingerprint)
+        if entry["fingerprint"] == fingerprint:
+            return entry.get("finished") is not None
+        if not binding:
             return False
-        if entry["fingerprint"] != digest(inputs):
-            if not (binding and self._keeps_work(stage)):
-                return False
-            raise RecipeError(
-                f"{self.folder}: stage {stage} was run with another recipe or other data:\n"
-                + _diff(entry["inputs"], inputs),
-                hint="--run NEW starts another run folder; reference log-probs are shared",
-            )
-        return entry.get("finished") is not None
+        raise RecipeError(
+            f"{self.folder}: stage {stage} was run with another recipe or other data:\n"
+            + _diff(entry["inputs"], inputs),
+            hint="--run NEW starts another run folder; what is unchanged is taken from this one",
+        )
 
     def begin(self, stage: str, inputs: dict[str, Any]) -> None:
         """Note that a stage has begun; keeps the first start when it resumes.
@@ -112,16 +145,14 @@ class Run:
                 figures.unlink()
         entry = stages.setdefault(stage, {"started": _now()})
         entry |= {"fingerprint": fingerprint, "inputs": inputs}
-        recipe = self.recipe.model_dump(mode="json")
-        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-        write_text(self.path("recipe.yaml"), text)
-        self.record(recipe=recipe)
+        self._save()
 
     def finish(self, stage: str, *, seconds: float, **figures: Any) -> None:
         """Note that a stage is finished, with the hashes and figures that belong to it."""
         entry = self.manifest["stages"][stage]
         seconds += entry.get("seconds", 0.0)
-        entry |= {"finished": _now(), "seconds": round(seconds, 3), **figures}
+        done = {"finished": _now(), "seconds": round(seconds, 3), "zephyr_lite": __version__}
+        entry |= done | figures
         self.record()
 
     def add_seconds(self, stage: str, seconds: float) -> None:
@@ -137,7 +168,40 @@ class Run:
     def _keeps_work(self, stage: str) -> bool:
         """Whether a stage is finished or has a checkpoint."""
         finished = self.manifest["stages"][stage].get("finished") is not None
-        return finished or any(self.path(stage, "checkpoints").glob("step-*"))
+        return finished or any(self.path(stage, CHECKPOINTS).glob("step-*"))
+
+    def _take_over(self, stage: str, fingerprint: str) -> bool:
+        """Link a stage that a run beside this one finished from the same inputs, if there is one.
+
+        A run that is still at work may be one of them: a finished stage is never written again.
+        """
+        if not (self.reuse and self.writes and stage in LINKED_STAGES):
+            return False
+        beside = Path(os.path.normpath(self.folder / ".."))
+        for manifest in sorted(beside.glob("*/manifest.json")):
+            other = manifest.parent
+            entry = _finished(manifest, stage, fingerprint)
+            if entry is None or other.samefile(self.folder):
+                continue
+            try:
+                _verify(other / stage, entry)
+                with sealed_folder(self.path(stage)) as part:
+                    _link(other / stage, part)
+            except StorageError as error:
+                self.note(f"{stage}: not taken from {other}: {error}")
+                continue
+            self.manifest["stages"][stage] = entry | {"linked_from": str(other)}
+            self._save()
+            self.note(f"{stage}: taken from {other} (same inputs)")
+            return True
+        return False
+
+    def _save(self) -> None:
+        """Save the manifest and the recipe beside it."""
+        recipe = self.recipe.model_dump(mode="json")
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        write_text(self.path("recipe.yaml"), text)
+        self.record(recipe=recipe)
 
     def _read_manifest(self) -> None:
         path = self.path("manifest.json")
@@ -177,6 +241,49 @@ class Run:
 def default_folder(recipe: Recipe) -> Path:
     """Where a run goes unless told otherwise."""
     return Path("runs") / recipe.name
+
+
+def _finished(manifest: Path, stage: str, fingerprint: str) -> dict[str, Any] | None:
+    """Another run's entry of a stage that it finished from these inputs under this version."""
+    try:
+        entry = read_json(manifest)["stages"][stage]
+        wanted = {"fingerprint": fingerprint, "zephyr_lite": __version__}
+        is_ours = entry.get("finished") and wanted.items() <= entry.items()
+    except (StorageError, KeyError, TypeError, AttributeError):
+        return None  # not a manifest, or none of ours: it lends nothing
+    return entry if is_ours else None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard links of a stage's files, copies where the file system has none; no checkpoints.
+
+    Every writer of ours replaces files and never changes one in place, so links are safe.
+    """
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if name.parts[0] == CHECKPOINTS or any(part.startswith(".") for part in name.parts):
+            continue
+        if path.is_dir():
+            (target / name).mkdir()
+            continue
+        try:
+            os.link(path, target / name, follow_symlinks=False)
+        except OSError:
+            shutil.copyfile(path, target / name, follow_symlinks=False)
+
+
+def _verify(folder: Path, entry: dict[str, Any]) -> None:
+    """Hold a stage's files against their seals and the hashes that its entry records.
+
+    Raises: StorageError naming what is missing or damaged.
+    """
+    for found in folder.rglob(SEAL):
+        open_sealed(found.parent)
+    adapter, pairs = folder / "adapter", folder / "pairs.parquet"
+    if "adapter" in entry and seal_digest(adapter) != entry["adapter"]:
+        raise StorageError(f"{adapter}: not the one that its run's manifest names")
+    if "pairs" in entry and (not pairs.exists() or file_digest(pairs) != entry["pairs"]):
+        raise StorageError(f"{pairs}: missing, or not the one that its run's manifest names")
 
 
 def _now() -> str:

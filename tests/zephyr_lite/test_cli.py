@@ -253,6 +253,8 @@ def test_no_gpu_exits_3_and_names_what_runs(zl, monkeypatch):
     assert "hint: zephyr-lite run tiny" in err
     status, _, err = zl("run", "--device", "cuda")
     assert status == 3 and "no CUDA GPU" in err
+    status, _, err = zl("run", "--rehearse")  # it looks at the run folder only, and trains
+    assert status == 3 and "hint: zephyr-lite run tiny" in err
 
 
 def test_a_large_local_model_needs_a_gpu_too(zl, monkeypatch, recipe, tmp_path):
@@ -356,6 +358,32 @@ def test_a_whole_run_speaks_json_on_stdout_only(zl, recipe, tmp_path):
     status, _, err = zl("run", recipe, "--set", "sft.learning_rate=1e-9")
     assert status == 2 and "sft.learning_rate: 0.0002 -> 1e-09" in err and "--run NEW" in err
     assert (tmp_path / "runs" / "small" / "recipe.yaml").read_bytes() == before
+
+
+def test_a_second_run_takes_over_what_is_unchanged_unless_told_not_to(zl, recipe, tmp_path):
+    assert zl("run", recipe, "--quiet")[0] == 0
+    again = ("dpo", recipe, "--quiet", "--set", "dpo.beta=0.2", "--run")
+    status, _, err = zl(*again, "runs/second")
+    assert status == 0
+    assert err.splitlines() == [
+        "aif: taken from runs/small (same inputs)",
+        "sft: taken from runs/small (same inputs)",
+    ]
+    status, _, err = zl(*again, "runs/third", "--fresh")
+    assert status == 0 and "taken from" not in err
+    weights = Path("sft") / "adapter" / "adapter_model.safetensors"
+    first, second, third = (tmp_path / "runs" / n / weights for n in ("small", "second", "third"))
+    assert second.samefile(first)
+    assert not third.samefile(first) and third.read_bytes() == first.read_bytes()
+
+
+def test_a_rehearsal_speaks_json_on_stdout_only(zl, recipe, tmp_path):
+    status, out, err = zl("run", recipe, "--rehearse", "--json")
+    assert (status, err) == (0, ""), err
+    events = [json.loads(line) for line in out.splitlines()]
+    assert {event["event"] for event in events} == {"start", "step", "note", "end"}
+    assert events[-1]["text"] == "  zephyr-lite run small.yaml"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_people_read_stderr_and_the_hint_keeps_the_folder(zl, recipe):

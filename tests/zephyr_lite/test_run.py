@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from zephyr_lite import recipe_file
 from zephyr_lite.errors import LockedError, RecipeError, StorageError
 from zephyr_lite.recipe import Recipe
 from zephyr_lite.run import Run, default_folder
+from zephyr_lite.storage import seal_digest, sealed_folder
 
 HOLD = """
 import sys, time
@@ -301,3 +304,124 @@ def test_names_cannot_leave_the_runs_folder():
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.glob("*.*") if p.name != ".lock"}
+
+
+# ---------------------------------------------------------------- stages of runs beside this one
+
+
+def _lend(folder: Path, **changes) -> Path:
+    """A run that finished dSFT; its adapter is one sealed file."""
+    with Run(_recipe(), folder) as run:
+        run.begin("sft", _inputs(run))
+        with sealed_folder(run.path("sft", "adapter")) as part:
+            (part / "weights").write_text("trained")
+        run.path("sft", "metrics.jsonl").write_text("{}\n")
+        run.finish("sft", seconds=3, adapter=seal_digest(run.path("sft", "adapter")))
+        run.manifest["stages"]["sft"] |= changes
+        run.record()
+    return folder
+
+
+def _take(folder: Path, stage: str = "sft", **options) -> tuple[bool, list[str]]:
+    """Whether a new run finds the stage done, and what it said."""
+    said: list[str] = []
+    with Run(_recipe(), folder, reuse=True, note=said.append, **options) as run:
+        return run.is_done(stage, _inputs(run)), said
+
+
+def test_a_finished_stage_beside_is_taken_over_once(tmp_path):
+    lender = _lend(tmp_path / "a")
+    assert _take(tmp_path / "b") == (True, [f"sft: taken from {lender} (same inputs)"])
+    assert _take(tmp_path / "b") == (True, [])
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert manifest["stages"]["sft"]["linked_from"] == str(lender)
+    assert manifest["stages"]["sft"]["seconds"] == 3
+    assert recipe_file.load(tmp_path / "b" / "recipe.yaml") == _recipe()
+    assert (tmp_path / "b" / "sft" / "metrics.jsonl").stat().st_nlink == 2
+
+
+def test_a_run_that_is_still_at_work_lends_what_it_finished(tmp_path):
+    """Two cards, two runs of a sweep: the second need not wait for the first one's dDPO."""
+    with Run(_recipe(), _lend(tmp_path / "a")) as other:
+        other.begin("dpo", {"beta": 1})
+        assert _take(tmp_path / "b")[0] is True
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"finished": None},
+        {"fingerprint": "other"},
+        {"zephyr_lite": "0.0.0"},
+        {"adapter": "not the hash of the adapter"},
+    ],
+    ids=["unfinished", "other inputs", "other version", "other adapter"],
+)
+def test_what_is_not_the_same_is_not_taken(tmp_path, changes):
+    _lend(tmp_path / "a", **changes)
+    assert _take(tmp_path / "b")[0] is False
+    assert not (tmp_path / "b" / "sft").exists()
+
+
+def test_a_run_is_no_parent_of_itself_and_looks_only_when_told(tmp_path):
+    _lend(tmp_path / "a")
+    assert _take(tmp_path / "b", writes=False)[0] is False
+    with Run(_recipe(), tmp_path / "c") as run:
+        assert not run.is_done("sft", _inputs(run))
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    assert _take(tmp_path / "b")[0] is True
+    (tmp_path / "b" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "a")
+    assert _take(tmp_path / "b")[0] is False
+
+
+def test_faulty_manifests_beside_lend_nothing(tmp_path):
+    for name, text in (("a", "{"), ("b", "[]"), ("c", '{"stages": {"sft": 3}}'), ("d", "null")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(text)
+    assert _take(tmp_path / "e") == (False, [])
+
+
+def test_the_second_best_parent_serves_when_the_first_is_damaged(tmp_path):
+    (_lend(tmp_path / "a") / "sft" / "adapter" / "weights").write_text("damaged")
+    _lend(tmp_path / "b")
+    done, said = _take(tmp_path / "c")
+    assert done
+    assert "not taken from" in said[0] and str(tmp_path / "a") in said[0]
+    assert said[1] == f"sft: taken from {tmp_path / 'b'} (same inputs)"
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    _lend(tmp_path / "a")
+    monkeypatch.setattr(os, "link", refuse)
+    assert _take(tmp_path / "b")[0] is True
+    assert (tmp_path / "b" / "sft" / "adapter" / "weights").read_text() == "trained"
+    assert (tmp_path / "b" / "sft" / "metrics.jsonl").stat().st_nlink == 1
+
+
+def test_killed_while_taking_over_the_next_start_begins_again(tmp_path, monkeypatch):
+    """Between the links and the manifest: the folder stands, and nothing vouches for it."""
+    _lend(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "record", lambda *_, **__: os._exit(9))
+        pid = os.fork()
+        if pid == 0:
+            _take(tmp_path / "b")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert (tmp_path / "b" / "sft" / "adapter").is_dir()
+    (tmp_path / "b" / ".sft.abc.part").mkdir()  # and one that was killed earlier
+    assert _take(tmp_path / "b")[0] is True
+    assert list((tmp_path / "b").glob(".sft*")) == []
+
+
+def test_a_stage_begun_here_with_work_is_not_replaced(tmp_path):
+    _lend(tmp_path / "a")
+    with Run(_recipe(), tmp_path / "b", reuse=True) as run:
+        run.begin("sft", _inputs(run))
+        run.path("sft", "checkpoints", "step-0000001").mkdir(parents=True)
+        assert not run.is_done("sft", _inputs(run))
+        assert run.path("sft", "checkpoints", "step-0000001").exists()

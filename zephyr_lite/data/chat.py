@@ -19,15 +19,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from zephyr_lite.data.encoded import EncodedDialogue, EncodedPair, truncate_pair
 from zephyr_lite.data.messages import ROLES
+from zephyr_lite.data.word_ids import word_ids
 from zephyr_lite.errors import DataError
 
 # One line, so that no whitespace option of any Jinja (trim_blocks, lstrip_blocks) can change it.
@@ -50,6 +52,8 @@ ZEPHYR_TEMPLATE = (
 )
 ASSISTANT_HEADER = "\n<|assistant|>\n"
 BATCH = 512
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def template_hash() -> str:
@@ -92,6 +96,7 @@ class ChatTokenizer:
         added = tokenizer.get_added_tokens_decoder().values()
         control = {token.content for token in added if token.special} | {eos}
         self.special_tokens: tuple[str, ...] = tuple(sorted(control | ({bos} if bos else set())))
+        self._words = word_ids(tokenizer, eos, self.eos_id)
         self._header = self._find_header()
         self._check_independence()
 
@@ -99,6 +104,15 @@ class ChatTokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 (hex) of all that decides which ids a text gets.
+
+        Of the tokenizer as it is in memory: how its file is spaced changes nothing.
+        """
+        parts = (self._tokenizer.to_str(), self.bos, self.eos)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def has_special_text(self, text: str) -> bool:
         """Whether `text` spells a control token and would be encoded as one."""
@@ -109,19 +123,23 @@ class ChatTokenizer:
         return self.encode_dialogues([messages])[0]
 
     def encode_dialogues(
-        self, dialogues: Sequence[Sequence[Mapping[str, str]]]
+        self,
+        dialogues: Sequence[Sequence[Mapping[str, str]]],
+        names: Sequence[str] | None = None,
     ) -> list[EncodedDialogue]:
         """Ids and assistant masks, in order. One BOS at the head, the last newline kept.
 
+        Args:
+            names: what an error calls each dialogue.
         Raises: DataError for a content that spells a control token, or a tokenizer that joins the
-        end of the header with the beginning of an answer.
+            end of the header with the beginning of an answer.
         """
-        encoded = []
+        encoded: list[EncodedDialogue] = []
         for start in range(0, len(dialogues), BATCH):
             batch = dialogues[start : start + BATCH]
-            rows = self._encode([self._render(messages) for messages in batch])
-            for messages, ids in zip(batch, rows, strict=True):
-                encoded.append(EncodedDialogue(*self._mark_answers(messages, ids)))
+            called = None if names is None else names[start : start + BATCH]
+            rows = self._encode(list(_each(self._render, batch, called)), called)
+            encoded += _each(self._mark_answers, zip(batch, rows, strict=True), called)
         return encoded
 
     def encode_pair(
@@ -135,34 +153,43 @@ class ChatTokenizer:
     ) -> EncodedPair:
         """One preference pair, truncated by `truncate_pair`; `encode_pairs` is faster."""
         pair = (prompt_messages, chosen, rejected)
-        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-        return self.encode_pairs([pair], **limits)[0]
+        (encoded,) = self.encode_pairs(
+            [pair], max_length=max_length, max_prompt_length=max_prompt_length
+        )
+        return encoded
 
     def encode_pairs(
         self,
         pairs: Sequence[tuple[Sequence[Mapping[str, str]], str, str]],
+        names: Sequence[str] | None = None,
         *,
         max_length: int,
         max_prompt_length: int,
     ) -> list[EncodedPair]:
-        """(prompt messages, chosen, rejected) as ids, in order. Raises as `encode_dialogues`."""
+        """(prompt messages, chosen, rejected) as ids, in order.
+
+        Arguments and errors as in `encode_dialogues`.
+        """
         limits = (max_length, max_prompt_length, self.bos_id)
         encoded = []
         for start in range(0, len(pairs), BATCH):
             batch = pairs[start : start + BATCH]
-            prompts = self._encode([self._render(prompt, True) for prompt, _, _ in batch])
-            answers = self.encode_answers([text for pair in batch for text in pair[1:]])
+            called = None if names is None else names[start : start + BATCH]
+            texts = _each(lambda pair: self._render(pair[0], True), batch, called)
+            prompts = self._encode(list(texts), called)
+            twice = None if called is None else [name for name in called for _ in range(2)]
+            answers = self.encode_answers([text for pair in batch for text in pair[1:]], twice)
             both = zip(prompts, answers[::2], answers[1::2], strict=True)
             encoded += [truncate_pair(self._with_bos(p), c, r, *limits) for p, c, r in both]
         return encoded
 
-    def encode_answers(self, answers: Sequence[str]) -> list[np.ndarray]:
+    def encode_answers(
+        self, answers: Sequence[str], names: Sequence[str] | None = None
+    ) -> list[np.ndarray]:
         """int32 ids of answers as they follow `<|assistant|>\\n`, each with its `</s>`."""
-        for answer in answers:
-            self._refuse_special(answer)
-        opening = self.eos + ASSISTANT_HEADER
-        rows = self._encode([f"{opening}{answer}{self.eos}" for answer in answers])
-        return [self._cut_header(ids[1:]) for ids in rows]
+        texts = list(_each(self._place_answer, answers, names))
+        rows = self._encode(texts, names)
+        return list(_each(lambda ids: self._cut_header(ids[1:]), rows, names))
 
     def encode_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids to generate an answer from: BOS, the dialogue so far, `<|assistant|>\\n`."""
@@ -191,17 +218,25 @@ class ChatTokenizer:
             self._refuse_special(message["content"])
         return render(messages, prompt, eos=self.eos)
 
+    def _place_answer(self, answer: str) -> str:
+        """An answer between control tokens, as it stands in a dialogue."""
+        self._refuse_special(answer)
+        return f"{self.eos}{ASSISTANT_HEADER}{answer}{self.eos}"
+
     def _refuse_special(self, text: str) -> None:
         if self.has_special_text(text):
             found = next(token for token in self.special_tokens if token in text)
             hint = "it would be encoded as that token; data.on_fault=drop leaves such rows out"
             raise DataError(f"a text spells the control token {found!r}", hint=hint)
 
-    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    def _encode(self, texts: list[str], names: Sequence[str] | None = None) -> list[np.ndarray]:
         try:
+            if self._words is not None:
+                return [self._words.encode(text) for text in texts]
             rows = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
-            raise DataError("a text that is not Unicode (a lone surrogate)") from None
+            list(_each(_check_unicode, texts, names))
+            raise
         return [np.array(row.ids, dtype=np.int32) for row in rows]
 
     def _with_bos(self, ids_T: np.ndarray) -> np.ndarray:
@@ -210,9 +245,10 @@ class ChatTokenizer:
         return np.concatenate([np.array([self.bos_id], dtype=np.int32), ids_T])
 
     def _mark_answers(
-        self, messages: Sequence[Mapping[str, str]], ids_T: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids with BOS, mask) of one dialogue: turn k ends at the k-th `</s>`."""
+        self, dialogue: tuple[Sequence[Mapping[str, str]], np.ndarray]
+    ) -> EncodedDialogue:
+        """Ids with BOS, and mask, of (messages, ids): turn k ends at the k-th `</s>`."""
+        messages, ids_T = dialogue
         roles = [message["role"] for message in messages]
         roles = roles if roles[0] == "system" else ["system", *roles]
         ends = np.flatnonzero(ids_T == self.eos_id)
@@ -224,7 +260,8 @@ class ChatTokenizer:
                 answer = self._cut_header(ids_T[ends[turn - 1] + 1 : ends[turn] + 1])
                 mask_T[ends[turn] + 1 - len(answer) : ends[turn] + 1] = True
         ids_T = self._with_bos(ids_T)
-        return ids_T, np.pad(mask_T, (len(ids_T) - len(mask_T), 0))
+        mask_T = np.concatenate([np.zeros(len(ids_T) - len(mask_T), np.bool_), mask_T])
+        return EncodedDialogue(ids_T, mask_T)
 
     def _cut_header(self, ids: np.ndarray) -> np.ndarray:
         size = len(self._header)
@@ -251,6 +288,26 @@ class ChatTokenizer:
             parts = np.concatenate([head, self.encode_answers([answer])[0]])
             if not np.array_equal(whole, parts):
                 raise DataError("this tokenizer encodes an answer differently behind its prompt")
+
+
+def _each(
+    call: Callable[[Item], Result], items: Iterable[Item], names: Sequence[str] | None
+) -> Iterator[Result]:
+    """`call` of each item; its DataError names the item."""
+    for index, item in enumerate(items):
+        try:
+            yield call(item)
+        except DataError as error:
+            if names is None:
+                raise
+            raise DataError(f"{names[index]}: {error}", hint=error.hint) from None
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("a text that is not Unicode (a lone surrogate)") from None
 
 
 def load_tokenizer(folder: Path) -> ChatTokenizer:

@@ -51,14 +51,26 @@ def _parse_message(row: Row, item: Any, where: str) -> Message:
 
 
 def _check_order(row: Row, messages: Sequence[Message], where: str) -> None:
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    skipped = len(messages) - len(turns)
-    for i, turn in enumerate(turns):
-        expected = "user" if i % 2 == 0 else "assistant"
-        if turn["role"] != expected:
-            message = f"`{where}[{i + skipped}].role` is {turn['role']}, must be {expected}"
-            hint = "an optional system turn first, then user and assistant alternating"
-            raise malformed(row, message, hint=hint)
+    place = find_disorder(messages)
+    if place is None:
+        return
+    after_user = place > 0 and messages[place - 1]["role"] == "user"
+    expected = "assistant" if after_user else "user"
+    message = f"`{where}[{place}].role` is {messages[place]['role']}, must be {expected}"
+    hint = "an optional system turn first, then user and assistant alternating"
+    raise malformed(row, message, hint=hint)
+
+
+def find_disorder(messages: Sequence[Message]) -> int | None:
+    """Index of the first message out of order, or None.
+
+    The order is an optional system turn, then user and assistant alternating.
+    """
+    first = 1 if messages and messages[0]["role"] == "system" else 0
+    for i in range(first, len(messages)):
+        if messages[i]["role"] != ("assistant" if (i - first) % 2 else "user"):
+            return i
+    return None
 
 
 def malformed(row: Row, message: str, *, hint: str | None = None) -> DataError:

@@ -1,7 +1,9 @@
 """Rows from files and from the Hugging Face hub, each with the place it came from.
 
 A path is local when it has a known suffix, starts with `.`, `/` or `~`, or exists here; anything
-else is a hub dataset id. `package:NAME` is a file shipped with zephyr-lite.
+else is a hub dataset id. `package:NAME` is a file shipped with zephyr-lite. `file` names one file
+of a hub dataset's repository (or of a local copy of it), which is then read here and not by
+`datasets`: that refuses a repository which holds a script.
 
 What is not a sound row never passes: bytes that are not UTF-8, a literal NaN, a key given twice, a
 line that was cut off; each is a DataError with file and line. A byte-order mark, CRLF line ends and
@@ -16,7 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 from zephyr_lite.data.json_rows import iter_json, iter_json_lines
@@ -63,22 +65,50 @@ class SourceSpec(Protocol):
         ...
 
     @property
+    def file(self) -> str | None:
+        """One file of a hub dataset's repository, read instead of a split."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit of a hub dataset."""
+        ...
+
+    @property
     def limit(self) -> int | None:
         """Read at most this many rows."""
         ...
 
+    @property
+    def weight(self) -> float:
+        """Share of its rows in the mixture: see `mixture.copies`."""
+        ...
+
 
 def read_source(source: SourceSpec, *, offline: bool = False) -> Iterator[Row]:
-    """Rows of one source, at most its `limit`."""
-    return itertools.islice(read_rows(source.path, source.split, offline=offline), source.limit)
+    """Rows of one source, at most its `limit`; a hub file's rows are of file `ID/FILE`.
+
+    Raises: as `read_rows`.
+    """
+    if source.file is None:
+        rows = read_rows(source.path, source.split, revision=source.revision, offline=offline)
+    else:
+        rows = _read_named_file(source, offline=offline)
+    return itertools.islice(rows, source.limit)
 
 
-def read_rows(path_or_id: str, split: str | None = None, *, offline: bool = False) -> Iterator[Row]:
+def read_rows(
+    path_or_id: str,
+    split: str | None = None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+) -> Iterator[Row]:
     """Rows of a file, of the files of a folder in name order, or of a hub dataset.
 
     `split` picks the files of a folder whose names start with it (`train_sft-0.parquet`) and a hub
-    dataset's split; a single file has none, there it is unused. `offline`: no connection is opened,
-    a hub dataset must be in the cache.
+    dataset's split; a single file has none, there it is unused, and so is `revision`. `offline`: no
+    connection is opened, a hub dataset must be in the cache.
     Raises: DataError for what is missing or unsound; StorageError where reading itself fails.
     """
     if is_local(path_or_id):
@@ -87,20 +117,43 @@ def read_rows(path_or_id: str, split: str | None = None, *, offline: bool = Fals
     else:
         from zephyr_lite.data.hub import read_hub  # `datasets` takes a second to import
 
-        for line, data in enumerate(read_hub(path_or_id, split, offline=offline), start=1):
+        rows = read_hub(path_or_id, split, revision, offline=offline)
+        for line, data in enumerate(rows, start=1):
             yield Row(f"{path_or_id}:{split}", line, data)
 
 
-def fingerprint(path_or_id: str, split: str | None = None, *, offline: bool = False) -> str:
+def source_fingerprint(source: SourceSpec, *, offline: bool = False) -> str:
+    """SHA-256 (hex) of what `read_source` would read, its `limit` aside.
+
+    As `fingerprint`; a hub file: of its id, file, revision and bytes.
+    """
+    if source.file is None:
+        revision = source.revision
+        return fingerprint(source.path, source.split, revision=revision, offline=offline)
+    digest = _hash_file(_locate(source, offline=offline))
+    if is_local(source.path):
+        return digest
+    parts = f"{source.path}\n{source.file}\n{source.revision}\n{digest}\n"
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def fingerprint(
+    path_or_id: str,
+    split: str | None = None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+) -> str:
     """SHA-256 (hex) of the bytes that `read_rows` would read.
 
     One file: of its bytes. A folder: of the names and hashes of its files. A hub dataset: of its
-    id, split, row count and the fingerprint that `datasets` derives from the repository's commit.
+    id, split, revision, row count and the fingerprint that `datasets` derives from the repository's
+    commit.
     """
     if not is_local(path_or_id):
         from zephyr_lite.data.hub import hub_fingerprint
 
-        return hub_fingerprint(path_or_id, split, offline=offline)
+        return hub_fingerprint(path_or_id, split, revision, offline=offline)
     files = find_files(path_or_id, split)
     hashes = [_hash_file(file) for file in files]
     if files == [resolve(path_or_id)]:
@@ -158,6 +211,31 @@ def find_files(path: str, split: str | None = None) -> list[Path]:
     for file in chosen:
         _check_file(file)
     return chosen
+
+
+def _read_named_file(source: SourceSpec, *, offline: bool) -> Iterator[Row]:
+    place = f"{source.path}/{source.file}"
+    for row in _read_file(_locate(source, offline=offline)):
+        yield row if is_local(source.path) else row._replace(file=place)
+
+
+def _locate(source: SourceSpec, *, offline: bool) -> Path:
+    """Where the source's `file` lies on this machine, downloaded if need be."""
+    name = PurePosixPath(source.file or "")
+    if name.is_absolute() or ".." in name.parts or not name.parts:
+        raise DataError(f"`file` must lie in the dataset's repository: {source.file!r:.200}")
+    if is_local(source.path):
+        found = resolve(source.path)
+        if not found.is_dir():
+            hint = "leave `file` out; it names a file of a folder or of a hub dataset"
+            raise DataError("`file` is given, and the path is no folder", file=found, hint=hint)
+        found = found / name
+    else:
+        from zephyr_lite.data.hub import fetch_file
+
+        found = fetch_file(source.path, str(name), source.revision, offline=offline)
+    _check_file(found)
+    return found
 
 
 def _is_of_split(file: Path, split: str) -> bool:

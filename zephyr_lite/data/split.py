@@ -14,15 +14,19 @@ Item = TypeVar("Item")
 def hold_out(
     items: Sequence[Item], fraction: float, prompt: Callable[[Item], Sequence[Mapping[str, str]]]
 ) -> tuple[list[Item], list[Item]]:
-    """(train, held out): held out is where the prompt's hash falls below `fraction` of its range.
-
-    Args:
-        prompt: the messages of an item; the first user message decides, case and spacing aside.
-    """
+    """(train, held out), by `is_held_out`; `prompt` gives the messages of an item."""
     sides: tuple[list[Item], list[Item]] = ([], [])
     for item in items:
-        sides[_place(prompt(item)) < fraction].append(item)
+        sides[is_held_out(prompt(item), fraction)].append(item)
     return sides
+
+
+def is_held_out(messages: Sequence[Mapping[str, str]], fraction: float) -> bool:
+    """Whether the prompt's hash falls below `fraction` of its range.
+
+    The first user message decides, case and spacing aside.
+    """
+    return fraction > 0 and _place(messages) < fraction
 
 
 def _place(messages: Sequence[Mapping[str, str]]) -> float:

@@ -6,6 +6,8 @@ saved as one of rank r1 + r2, exact, for the sum of two low-rank updates is a lo
 
     s1 B1 A1 + s2 B2 A2 = [s1 B1 | s2 B2] [A1 ; A2]        alpha = r, so that PEFT's scale is 1
 
+A linear that only one of the two changes gets zeros for the other.
+
 Only PEFT's public shapes are used: any PEFT loads the result.
 """
 
@@ -22,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from zephyr_lite.errors import DataError, VerificationError
 from zephyr_lite.recipe import Lora
-from zephyr_lite.storage import file_digest, read_json
+from zephyr_lite.storage import file_digest, read_json, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # All that a plain sum of s B A is made of or that acts only in training. What stands beside them in
@@ -134,29 +136,32 @@ def save_adapter(model: PeftModel, names: Sequence[str], folder: Path, base_id: 
         folder: an existing folder; gets adapter_model.safetensors and adapter_config.json.
         base_id: what adapter_config.json calls the base.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for prefix, layer in _named_layers(model):
-        present = [n for n in names if n in layer.lora_A]
-        a = [layer.lora_A[n].weight.detach().float() for n in present]
-        b = [layer.lora_B[n].weight.detach().float() for n in present]
-        if len(names) > 1:
-            b = [w * layer.scaling[n] for w, n in zip(b, present, strict=True)]
-        tensors[f"{prefix}.lora_A.weight"] = torch.cat(a, 0).cpu().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = torch.cat(b, 1).cpu().contiguous()
     configs: list[Any] = [model.peft_config[n] for n in names]
     rank = sum(c.r for c in configs)
-    _same_targets(configs, folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, layer in _named_layers(model):
+        if not any(n in layer.lora_A for n in names):
+            continue
+        parts = [_matrices(layer, n, c.r) for n, c in zip(names, configs, strict=True)]
+        b = [w for _, w in parts]
+        if len(names) > 1:
+            b = [w * layer.scaling.get(n, 1.0) for w, n in zip(b, names, strict=True)]
+        tensors[f"{prefix}.lora_A.weight"] = torch.cat([a for a, _ in parts], 0).contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = torch.cat(b, 1).contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     LoraConfig(
         r=rank,
         lora_alpha=configs[0].lora_alpha if len(names) == 1 else rank,
         use_rslora=configs[0].use_rslora if len(names) == 1 else False,
         lora_dropout=configs[0].lora_dropout if len(names) == 1 else 0.0,
-        target_modules=sorted(configs[0].target_modules),  # pyright: ignore[reportArgumentType]
+        target_modules=list({t for c in configs for t in c.target_modules}),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_id,
         inference_mode=True,
     ).save_pretrained(str(folder))
+    config = read_json(folder / CONFIG)
+    config["target_modules"].sort()  # PEFT keeps a set, whose order is another in every process
+    write_json(folder / CONFIG, config)
 
 
 def adapter_identity(folder: Path) -> dict[str, Any]:
@@ -167,12 +172,13 @@ def adapter_identity(folder: Path) -> dict[str, Any]:
     return {"weights": file_digest(folder / WEIGHTS), "targets": targets, **kept}
 
 
-def _same_targets(configs: Sequence[Any], folder: Path) -> None:
-    if len({frozenset(c.target_modules) for c in configs}) > 1:
-        raise DataError(
-            f"{folder}: stacked adapters must have the same targets",
-            hint="set dpo.lora.targets to sft.lora.targets",
-        )
+def _matrices(layer: Any, name: str, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of an adapter in a layer, fp32 on the CPU; zeros where it does not change it."""
+    if name not in layer.lora_A:
+        return torch.zeros(r, layer.in_features), torch.zeros(layer.out_features, r)
+    halves = (layer.lora_A[name], layer.lora_B[name])
+    a, b = (half.weight.detach().float().cpu() for half in halves)
+    return a, b
 
 
 def _attach(model: Any, name: str, config: LoraConfig, seed: int) -> PeftModel:

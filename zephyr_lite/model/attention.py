@@ -26,7 +26,9 @@ SHORTEST_STEP, STEPS_PER_OCTAVE = 8, 8
 class Bucket:
     """Segments that go through one call.
 
-    mask_B1QK is None where the plain causal mask is right: no context, as many keys as queries.
+    mask_B1QK is None where the plain causal mask is right: no context, as many keys as queries. It
+    is added to the scores (0 or -inf): of a mask of booleans every layer would make, and keep for
+    its backward, a copy of that form.
     """
 
     query_rows_BQ: torch.Tensor
@@ -46,9 +48,11 @@ class DeviceLayout:
     output_row_T: torch.Tensor  # where token t's output stands among all buckets' queries
 
 
-def to_device(layout: Layout, device: torch.device) -> DeviceLayout:
-    """Move a layout to the device and plan its attention."""
-    buckets, output_row_T = _plan(layout, device)
+def to_device(
+    layout: Layout, device: torch.device, dtype: torch.dtype = torch.float32
+) -> DeviceLayout:
+    """Move a layout to the device and plan its attention for queries of `dtype`."""
+    buckets, output_row_T = _plan(layout, device, dtype)
     fields = ("ids_T", "positions_T", "rows_N", "targets_N")
     tensors = {name: torch.from_numpy(getattr(layout, name)).to(device) for name in fields}
     return DeviceLayout(**tensors, buckets=buckets, output_row_T=output_row_T)
@@ -71,22 +75,30 @@ def attention(
     heads = q_THD.shape[1]
     outputs = []
     for bucket in layout.buckets:
+        mask = bucket.mask_B1QK
         k_BJKD = k_TJD[bucket.key_rows_BK].transpose(1, 2)
         v_BJKD = v_TJD[bucket.key_rows_BK].transpose(1, 2)
         groups = heads // k_BJKD.shape[1]
+        # On a GPU only repeated heads reach a fast kernel when there is a mask; a CPU's own kernel
+        # reads each key head once for its group, and keeps no repeated copy for the backward.
+        if grouped := q_THD.device.type == "cpu":
+            groups = 1
         out_BHQD = scaled_dot_product_attention(
             q_THD[bucket.query_rows_BQ].transpose(1, 2),
             k_BJKD.repeat_interleave(groups, 1) if groups > 1 else k_BJKD,
             v_BJKD.repeat_interleave(groups, 1) if groups > 1 else v_BJKD,
-            attn_mask=bucket.mask_B1QK,
-            is_causal=bucket.mask_B1QK is None,
+            attn_mask=None if mask is None else mask.to(q_THD.dtype),
+            is_causal=mask is None,
             scale=scale,
+            enable_gqa=grouped,
         )
         outputs.append(out_BHQD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[layout.output_row_T]
 
 
-def _plan(layout: Layout, device: torch.device) -> tuple[tuple[Bucket, ...], torch.Tensor]:
+def _plan(
+    layout: Layout, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Bucket, ...], torch.Tensor]:
     """Group segments by padded length; note where each token's output will stand."""
     groups: dict[tuple[int, int], list[int]] = {}
     for s, (q_len, c_len) in enumerate(zip(layout.q_len_S, layout.c_len_S, strict=True)):
@@ -108,7 +120,9 @@ def _plan(layout: Layout, device: torch.device) -> tuple[tuple[Bucket, ...], tor
         mask = None
         if keys:  # bottom right: query i sees the context and its own tokens up to i
             seen = slot_K[:, None, :] <= c_len[:, :, None] + slot_Q[:, :, None]
-            mask = torch.from_numpy(seen[:, None]).to(device)
+            hidden = torch.from_numpy(~seen[:, None]).to(device)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+            mask.masked_fill_(hidden, float("-inf"))
         queries_BQ, keys_BK = (torch.from_numpy(x).to(device) for x in (query_rows, key_rows))
         buckets.append(Bucket(queries_BQ, keys_BK, mask))
         done += real.size

@@ -3,6 +3,8 @@
     source     hub snapshot or local folder, safetensors only, no code of its own
     cache      CACHE/bases/<key>/     an NF4 checkpoint that transformers wrote, sealed by hashes
 
+A source that bitsandbytes quantised to 4 bits already is used as it was found.
+
 Every stage and the export read the cached bytes, so what is trained, referenced and exported is one
 set of numbers even where another device or library version would round a scale differently.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,12 @@ import torch
 import transformers
 from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from zephyr_lite.errors import MachineError, RecipeError
@@ -48,7 +56,8 @@ class BaseFiles:
     """A base model on disk, ready to load.
 
     folder: checkpoint with tokenizer; the bytes that training and export read.
-    identity: id, revision and one hash over names and contents; goes into manifests and keys.
+    identity: id, revision, quantisation and one hash over names and contents; goes into manifests
+        and keys. `as_found` in its quantisation marks a source that was quantised already.
     """
 
     folder: Path
@@ -58,6 +67,21 @@ class BaseFiles:
     def sha256(self) -> str:
         """One hash for the checkpoint's contents."""
         return self.identity["sha256"]
+
+    def departure(self, base: Base) -> str | None:
+        """Where the checkpoint is quantised otherwise than the recipe says: a sentence, or None."""
+        used = self.identity["quantization"]
+        asked = _asked(base)
+        if (
+            not isinstance(used, dict)
+            or used == asked | {"as_found": True}
+            or "as_found" not in used
+        ):
+            return None
+        return (
+            f"base: {base.model} is quantised already ({_describe(used)}): it is used as it is, "
+            f"not as the recipe says ({_describe(asked)})"
+        )
 
 
 def prepare(base: Base, device: torch.device, *, offline: bool = False) -> BaseFiles:
@@ -71,9 +95,11 @@ def prepare(base: Base, device: torch.device, *, offline: bool = False) -> BaseF
         path.name: _known_digest(path) for path in sorted(_weights(source) + _settings(source))
     }
     identity = {"model": base.model, "revision": revision, "source": digest(files)}
-    if base.quantization == "none" or "quantization_config" in config:
-        return BaseFiles(source, identity | {"quantization": "as found", "sha256": digest(files)})
-    quantization = {"type": base.quantization, "double_quant": base.double_quant, "block": 64}
+    found = stored_quantization(config, f"base.model: {base.model}")
+    if found or base.quantization == "none":
+        used = found | {"as_found": True} if found else "none"
+        return BaseFiles(source, identity | {"quantization": used, "sha256": digest(files)})
+    quantization = _asked(base) | {"block": 64}
     bases = cache_folder() / "bases"
     folder = bases / digest({"source": files, "quantization": quantization})[:32]
     bases.mkdir(parents=True, exist_ok=True)
@@ -151,57 +177,97 @@ def locate(base: Base, *, offline: bool = False) -> tuple[Path, str | None]:
     Raises: RecipeError when it cannot be found or is not acceptable; MachineError when a hub id
         is asked for without a connection.
     """
-    folder, revision = _find(base, offline)
-    _accept(folder, base.model)
+    key = f"base.model: {base.model}"
+    folder, revision = find_folder(base.model, base.revision, FILES, key, offline=offline)
+    accept_model(folder, key)
     return folder, revision
 
 
-def _find(base: Base, offline: bool) -> tuple[Path, str | None]:
-    local = Path(base.model).expanduser()
+def find_folder(
+    name: str, revision: str | None, files: Sequence[str], key: str, *, offline: bool
+) -> tuple[Path, str | None]:
+    """Local folder, or snapshot of a hub repository with these files only, and its revision.
+
+    Args: files: patterns of what is downloaded. key: what errors begin with.
+    Raises: as `locate`.
+    """
+    local = Path(name).expanduser()
     if local.is_dir():
         return local, None
-    if local.exists() or base.model.startswith((".", "/", "~")):
-        raise RecipeError(
-            f"base.model: {base.model} is not a folder", hint="a local folder or hub id"
-        )
+    if local.exists() or name.startswith((".", "/", "~")):
+        raise RecipeError(f"{key} is not a folder", hint="give a local folder or a hub id")
     try:
         folder = snapshot_download(
-            base.model,
-            revision=base.revision,
-            allow_patterns=list(FILES),
+            name,
+            revision=revision,
+            allow_patterns=list(files),
             local_files_only=offline or os.environ.get("HF_HUB_OFFLINE") == "1",
         )
+    except HFValidationError:
+        raise RecipeError(
+            f"{key} is neither a folder nor a hub id", hint="check the path, or give OWNER/NAME"
+        ) from None
     except RepositoryNotFoundError:
         raise RecipeError(
-            f"base.model: the hub has no {base.model}, or it is gated",
+            f"{key}: the hub has no such repository, or it is gated",
             hint="check the name, or log in with `hf auth login`",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise MachineError(
-            f"base.model: {base.model} is not in the local cache and cannot be downloaded "
-            f"({type(error).__name__})",
+            f"{key} is not in the local cache and cannot be downloaded ({type(error).__name__})",
             hint="connect once without --offline, or give a local folder",
         ) from None
     return Path(folder), Path(folder).name
 
 
-def _accept(source: Path, name: str) -> None:
-    """Raises: RecipeError for what we refuse to load."""
+def accept_model(source: Path, key: str) -> None:
+    """Raises: RecipeError beginning with `key` for a model folder that we refuse to load."""
     if not (source / "config.json").is_file():
-        raise RecipeError(f"base.model: {source} has no config.json")
+        raise RecipeError(f"{key} has no config.json")
     config = read_json(source / "config.json")
     if "auto_map" in config:
         raise RecipeError(
-            f"base.model: {name} brings code of its own (auto_map); that is never executed",
+            f"{key} brings code of its own (auto_map); that is never executed",
             hint="use a model whose class transformers ships",
         )
+    stored_quantization(config, key)
     if not _weights(source):
         raise RecipeError(
-            f"base.model: {source} has no .safetensors file",
+            f"{key} has no .safetensors file",
             hint="convert pickled weights (.bin, .pt) first; they are never loaded here",
         )
     if not (source / "tokenizer.json").is_file():
-        raise RecipeError(f"base.model: {source} has no tokenizer.json")
+        raise RecipeError(f"{key} has no tokenizer.json")
+
+
+def stored_quantization(config: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """How a checkpoint is quantised already: `type` and `double_quant`; None for plain weights.
+
+    Raises: RecipeError that names a quantisation which is not bitsandbytes' 4 bits.
+    """
+    stored = config.get("quantization_config") or config.get("compression_config")
+    if not stored:
+        return None
+    method = stored.get("quant_method", "bitsandbytes")
+    is_4bit = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
+    if method != "bitsandbytes" or not is_4bit:
+        kind = "bitsandbytes int8" if method == "bitsandbytes" else str(method)
+        raise RecipeError(
+            f"{key} is quantised as {kind}; no adapter can be trained on that here",
+            hint="use the plain checkpoint, or one that bitsandbytes quantised to 4 bits",
+        )
+    double_quant = bool(stored.get("bnb_4bit_use_double_quant", False))
+    return {"type": stored.get("bnb_4bit_quant_type", "fp4"), "double_quant": double_quant}
+
+
+def _asked(base: Base) -> dict[str, Any]:
+    return {"type": base.quantization, "double_quant": base.double_quant}
+
+
+def _describe(quantization: dict[str, Any]) -> str:
+    if quantization["type"] == "none":
+        return "none"
+    return f"{quantization['type']}, double quant {'on' if quantization['double_quant'] else 'off'}"
 
 
 def _weights(source: Path) -> list[Path]:

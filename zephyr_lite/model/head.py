@@ -86,12 +86,16 @@ def _forward(
         chunk = slice(start, start + chunk_rows)
         logits_CV = logits_of(hidden_ND[chunk], weight_VD)
         target_C1 = target_N[chunk, None]
-        lse_C1 = logits_CV.logsumexp(1, keepdim=True)
-        logp_N[chunk] = (logits_CV.gather(1, target_C1) - lse_C1).squeeze(1)
+        # In place, pass by pass: logsumexp would make a copy of the chunk and a second exponential.
+        top_C1 = logits_CV.amax(1, keepdim=True)
+        chosen_C1 = logits_CV.gather(1, target_C1) - top_C1
+        power_CV = logits_CV.sub_(top_C1).exp_()
+        total_C1 = power_CV.sum(1, keepdim=True)
+        logp_N[chunk] = (chosen_C1 - total_C1.log()).squeeze(1)
         if grad_ND is not None:
             # softmax - onehot in fp32, rounded afterwards: of a sure token only their difference
             # is left, and rounding the softmax first would lose all of it in bf16.
-            excess_CV = logits_CV.sub_(lse_C1).exp_()
+            excess_CV = power_CV.div_(total_C1)
             excess_CV.scatter_add_(1, target_C1, excess_CV.new_full(target_C1.shape, -1.0))
             grad_ND[chunk] = -(excess_CV.to(weight_VD.dtype) @ weight_VD).to(grad_ND.dtype)
     return logp_N

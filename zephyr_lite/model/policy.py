@@ -56,7 +56,7 @@ class Policy:
 
     def log_probs(self, layout: Layout, *, training: bool = False) -> torch.Tensor:
         """logp_N of a layout's scored tokens, fp32 nats; with gradient when `training`."""
-        moved = to_device(layout, self.device)
+        moved = to_device(layout, self.device, self.dtype)
         set_dropout(self.model, self.adapter if training else None)
         with torch.set_grad_enabled(training), self.autocast():
             return self._log_probs(moved)
@@ -69,7 +69,7 @@ class Policy:
     def next_token_log_probs(self, ids: Sequence[int]) -> torch.Tensor:
         """fp32 log-probs [len(ids), V] of the token after each position; an export equals them."""
         document = (np.array(ids, np.int64), np.zeros(len(ids), bool))
-        layout = to_device(document_layout([document]), self.device)
+        layout = to_device(document_layout([document]), self.device, self.dtype)
         set_dropout(self.model, None)
         with torch.no_grad(), self.autocast():
             hidden_TD = self.engine.hidden(layout)

@@ -1,22 +1,24 @@
 """AIF: AI feedback becomes preference pairs, with a report of what was dropped and why.
 
-responses with scores -> rule, seeded draw -> aif/pairs.parquet, aif/report.json
+rows -> mixture, soundness, decontamination, rule, seeded draw
+     -> aif/pairs.parquet, aif/report.json, aif/rejected.jsonl (side, file, line, reason, detail)
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from zephyr_lite.data.decontaminate import Decontaminator
 from zephyr_lite.data.feedback import PreferencePair, load_pairs
 from zephyr_lite.data.report import Report
 from zephyr_lite.data.split import hold_out
 from zephyr_lite.errors import DataError, StorageError
-from zephyr_lite.recipe import Feedback
+from zephyr_lite.recipe import Feedback, Source
 from zephyr_lite.stages.context import Context
 from zephyr_lite.storage import file_digest, sealed_folder
 
@@ -29,8 +31,8 @@ def run(ctx: Context) -> None:
     if feedback is None:
         return
     inputs = {
-        "recipe": ctx.run.fields("seed", "data.feedback", "data.on_fault"),
-        "data": ctx.data_fingerprints(feedback.train, feedback.eval),
+        "recipe": ctx.run.fields("seed", "data.feedback", "data.decontaminate", "data.on_fault"),
+        "data": ctx.data_fingerprints(feedback.train, feedback.eval, ctx.recipe.data.decontaminate),
         "special_tokens": list(ctx.tokenizer.special_tokens),
     }
     if ctx.run.is_done("aif", inputs):
@@ -41,10 +43,12 @@ def run(ctx: Context) -> None:
         with sealed_folder(ctx.run.path("aif")) as part:
             table = _table({"train": train, "eval": held_out})
             pq.write_table(table, part / "pairs.parquet")
-            text = json.dumps(counts | reports, indent=1, ensure_ascii=False)
+            figures = counts | {side: report.as_dict() for side, report in reports.items()}
+            text = json.dumps(figures, indent=1, ensure_ascii=False)
             (part / "report.json").write_text(text, encoding="utf-8")
+            (part / "rejected.jsonl").write_text(_rejected(reports), encoding="utf-8")
         record |= counts | {"pairs": file_digest(ctx.run.path("aif", "pairs.parquet"))}
-    dropped = {side: report["dropped"] for side, report in reports.items() if report["dropped"]}
+    dropped = {side: reasons for side, r in reports.items() if (reasons := r.reasons())}
     ctx.listener.note(f"aif: {len(train)} pairs, {len(held_out)} held out, dropped {dropped or 0}")
 
 
@@ -64,12 +68,16 @@ def read_pairs(ctx: Context, side: str) -> list[PreferencePair]:
 
 def _load(
     ctx: Context, feedback: Feedback
-) -> tuple[list[PreferencePair], list[PreferencePair], dict[str, Any]]:
-    train, report = _read(ctx, feedback, feedback.train)
-    reports = {"train": report.as_dict()}
+) -> tuple[list[PreferencePair], list[PreferencePair], dict[str, Report]]:
+    benchmarks = ctx.recipe.data.decontaminate
+    decontaminator = (
+        Decontaminator.load(benchmarks, offline=ctx.run.offline) if benchmarks else None
+    )
+    train, report = _read(ctx, feedback, feedback.train, decontaminator)
+    reports = {"train": report}
     if feedback.eval:
-        held_out, eval_report = _read(ctx, feedback, feedback.eval)
-        reports["eval"] = eval_report.as_dict()
+        # Held-out pairs are measured on, not trained on: a benchmark's prompt does no harm there.
+        held_out, reports["eval"] = _read(ctx, feedback, feedback.eval, None)
     else:
         train, held_out = hold_out(train, feedback.holdout, lambda p: p.prompt)
     if not train:
@@ -77,7 +85,12 @@ def _load(
     return train, held_out, reports
 
 
-def _read(ctx: Context, feedback: Feedback, sources: Any) -> tuple[list[PreferencePair], Report]:
+def _read(
+    ctx: Context,
+    feedback: Feedback,
+    sources: Sequence[Source],
+    decontaminator: Decontaminator | None,
+) -> tuple[list[PreferencePair], Report]:
     return load_pairs(
         sources,
         rule=feedback.rule,
@@ -85,8 +98,16 @@ def _read(ctx: Context, feedback: Feedback, sources: Any) -> tuple[list[Preferen
         seed=ctx.recipe.seed,
         on_fault=ctx.recipe.data.on_fault,
         special_tokens=ctx.tokenizer.special_tokens,
+        exclude_sources=feedback.exclude_sources,
+        decontaminator=decontaminator,
         offline=ctx.run.offline,
     )
+
+
+def _rejected(reports: dict[str, Report]) -> str:
+    """Every dropped row of both sides, one JSON object a line."""
+    rows = ({"side": side} | row for side, report in reports.items() for row in report.dropped_rows)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _table(sides: dict[str, list[PreferencePair]]) -> pa.Table:

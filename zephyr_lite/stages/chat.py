@@ -50,9 +50,11 @@ def _answerer(
 
 def _through_transformers(ctx: Context, stage: str, max_tokens: int, temperature: float) -> Answer:
     model: Any = ctx.load_model()
-    if stage != "base":
-        model = load_adapter(model, stage, ctx.run.path(stage, "adapter"))
-    print(f"{stage} of {ctx.run.folder} through transformers", file=sys.stderr)
+    adapter = None if stage == "base" else ctx.adapter(stage)
+    if adapter is not None:
+        model = load_adapter(model, stage, adapter)
+    name = ctx.base_name if stage == "base" else f"{stage} of {ctx.run.folder}"
+    print(f"{name} through transformers", file=sys.stderr)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )

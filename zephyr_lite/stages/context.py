@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from zephyr_lite.data.chat import ChatTokenizer, load_tokenizer
-from zephyr_lite.data.sources import fingerprint
+from zephyr_lite.data.sources import source_fingerprint
 from zephyr_lite.model.base import BaseFiles, compute_dtype, load_base, locate, prepare
 from zephyr_lite.model.policy import Policy, make_policy
+from zephyr_lite.model.starting_point import StartingPoint, find_start
 from zephyr_lite.recipe import Base, Recipe, Source
 from zephyr_lite.run import Run
 from zephyr_lite.stopping import Stop
@@ -43,18 +44,50 @@ class Context:
         return self.run.recipe
 
     @cached_property
+    def start(self) -> StartingPoint | None:
+        """What `sft.from` names; None where dSFT trains, or where there is none."""
+        sft = self.recipe.sft
+        if sft is None or sft.start is None:
+            return None
+        return find_start(sft.start, offline=self.run.offline)
+
+    @property
+    def sft_model(self) -> StartingPoint | None:
+        """The finished SFT model that `sft.from` names: the base of all that follows."""
+        return self.start if self.start is not None and self.start.kind == "model" else None
+
+    @cached_property
     def base_settings(self) -> Base:
-        """The recipe's base; one that is to be built has become a local folder."""
-        base = self.recipe.base
+        """The base that is loaded: the SFT model in place of the recipe's, a built one's folder."""
+        base, model = self.recipe.base, self.sft_model
+        if model is not None:
+            place = {"model": model.name, "revision": model.revision, "build": None}
+            return base.model_copy(update=place)
         if base.build is None:
             return base
         folder = build_base(base.build, self.device, self.recipe.seed, self.listener, self.stop)
         return base.model_copy(update={"model": str(folder)})
 
+    @property
+    def base_name(self) -> str:
+        """What an adapter calls the base that it is relative to."""
+        return self.recipe.base.model if self.sft_model is None else self.sft_model.name
+
+    def adapter(self, stage: str) -> Path | None:
+        """Folder of a stage's adapter; None for `sft` where there is none over the base.
+
+        That is without dSFT, and where the base itself is the SFT model.
+        """
+        if stage == "sft" and (self.recipe.sft is None or self.sft_model is not None):
+            return None
+        return self.run.path(stage, "adapter")
+
     @cached_property
     def base(self) -> BaseFiles:
         """The base model's files, quantised."""
         files = prepare(self.base_settings, self.device, offline=self.run.offline)
+        if departure := files.departure(self.base_settings):
+            self.listener.note(departure)
         self.run.record(base=files.identity)
         return files
 
@@ -76,14 +109,12 @@ class Context:
         """A policy over a model."""
         return make_policy(model, self.dtype, self.device, self.recipe.memory)
 
-    def data_fingerprints(self, *groups: tuple[Source, ...]) -> dict[str, str]:
-        """`path[split]` -> hash of contents, for the inputs of a stage."""
+    def data_fingerprints(self, *groups: Sequence[Source]) -> dict[str, str]:
+        """Source -> hash of its contents, for the inputs of a stage."""
         return {
-            f"{s.path}[{s.split}]" if s.split else s.path: fingerprint(
-                s.path, s.split, offline=self.run.offline
-            )
+            _source_name(source): source_fingerprint(source, offline=self.run.offline)
             for group in groups
-            for s in group
+            for source in group
         }
 
     def machine(self) -> dict[str, Any]:
@@ -136,3 +167,10 @@ class Context:
         path = self.run.path(*parts)
         write_json(path, value)
         return path
+
+
+def _source_name(source: Source) -> str:
+    """`path[split]` or `path/file`, and `@revision` of the hub."""
+    name = f"{source.path}/{source.file}" if source.file else source.path
+    split = f"[{source.split}]" if source.split and not source.file else ""
+    return name + split + (f"@{source.revision}" if source.revision else "")

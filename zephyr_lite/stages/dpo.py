@@ -3,7 +3,8 @@
     pairs + reference log-probs -> audit -> loop -> dpo/adapter, dpo/eval.json
 
 What `dpo/adapter` holds is one PEFT adapter relative to the *original* base: the frozen SFT adapter
-and the trained one as a single adapter of rank r1 + r2, exact.
+and the trained one as a single adapter of rank r1 + r2, exact. Where `sft.from` is a model, that is
+the base, and the adapter says so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from zephyr_lite.data.chat import template_hash
 from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.reference_cache import ReferenceLogProbs
-from zephyr_lite.errors import VerificationError
+from zephyr_lite.errors import DataError, RecipeError, VerificationError
 from zephyr_lite.evaluate.preferences import log_prob_figures, pair_log_probs, preference_figures
 from zephyr_lite.model.adapters import add_adapter, load_adapter, save_adapter
 from zephyr_lite.model.policy import Policy
@@ -54,12 +55,15 @@ def run(ctx: Context) -> None:
     settings = ctx.recipe.dpo
     if settings is None:
         return
+    check_inputs(ctx)
     train, held_out = reference.run(ctx)
+    if settings.keep == "best" and not held_out.pairs:
+        raise DataError("dpo.keep: best: no held-out pair is left", hint="see aif/report.json")
     inputs = {
-        "recipe": ctx.run.fields("seed", "base", "dpo", "engine"),
+        "recipe": _fields(ctx, settings),
         "reference": ctx.run.output("reference", "set_key"),
         "pairs": ctx.run.output("aif", "pairs"),
-        "sft": sft.adapter_digest(ctx.run),
+        "sft": sft.adapter_digest(ctx),
         "template": template_hash(),
     }
     if ctx.run.is_done("dpo", inputs):
@@ -74,27 +78,60 @@ def run(ctx: Context) -> None:
         stack.train()
         job = _job(ctx, stack.policy, settings, train, held_out)
         figures = job.run()
+        last = {"last": figures.pop("last")} if settings.keep == "best" else {}
         with sealed_folder(ctx.run.path("dpo", "adapter")) as part:
-            save_adapter(stack.policy.model, stack.saved, part, ctx.recipe.base.model)
+            save_adapter(stack.policy.model, stack.saved, part, ctx.base_name)
         parent = _parent(held_out.reference)
-        ctx.write({"sft": parent, "dpo": figures}, "dpo", "eval.json")
+        ctx.write({"sft": parent, "dpo": figures, **last}, "dpo", "eval.json")
         record |= {"adapter": seal_digest(ctx.run.path("dpo", "adapter")), "figures": figures}
     job.checkpoints().remove()
+    if settings.keep == "best":
+        accuracy = figures["eval_rewards/accuracies"]
+        where = f"step {figures['step']} of {figures['steps']}"
+        ctx.listener.note(f"dpo: kept the adapter of {where}, held-out accuracy {accuracy:.4f}")
+
+
+def check_inputs(ctx: Context) -> None:
+    """Raise RecipeError for what would otherwise be seen only when dSFT is over."""
+    settings, feedback = ctx.recipe.dpo, ctx.recipe.data.feedback
+    if settings is None or feedback is None:
+        return
+    if settings.keep == "best" and not (feedback.eval or feedback.holdout):
+        raise RecipeError(
+            "dpo.keep: best needs held-out pairs, and data.feedback has neither eval nor holdout",
+            hint="name them in data.feedback.eval, or set data.feedback.holdout=0.05",
+        )
+    if settings.adapter == "continue" and ctx.adapter("sft") is None:
+        raise RecipeError(
+            "dpo.adapter: continue goes on with the SFT adapter, and there is none over this base",
+            hint="set dpo.adapter=stacked",
+        )
 
 
 def _load(ctx: Context, settings: Dpo) -> _Stack:
     """Base with the SFT adapter frozen and a new one over it, or with the SFT adapter to go on."""
     model: Any = ctx.load_model()
-    parent = ctx.run.path("sft", "adapter")
-    if ctx.recipe.sft and settings.adapter == "continue":
-        model = load_adapter(model, sft.ADAPTER, parent)
-        model = load_adapter(model, ADAPTER, parent)
-        return _Stack(ctx.policy(model), [sft.ADAPTER], [ADAPTER])
-    frozen = []
-    if ctx.recipe.sft:
+    parent, frozen = ctx.adapter("sft"), []
+    if parent is not None:
         model, frozen = load_adapter(model, sft.ADAPTER, parent), [sft.ADAPTER]
+        if settings.adapter == "continue":
+            model = load_adapter(model, ADAPTER, parent)
+            return _Stack(ctx.policy(model), frozen, [ADAPTER])
     model = add_adapter(model, ADAPTER, settings.lora, ctx.recipe.seed + 1)
     return _Stack(ctx.policy(model), frozen, [*frozen, ADAPTER])
+
+
+def _fields(ctx: Context, settings: Dpo) -> dict[str, Any]:
+    """Fields of the recipe that affect the result: `eval_every` too, where the best is kept."""
+    fields = ctx.run.fields("seed", "base", "dpo", "engine")
+    if settings.keep == "best":
+        fields["dpo.eval_every"] = settings.eval_every
+    return fields
+
+
+def _by_accuracy(figures: dict[str, float]) -> tuple[float, ...]:
+    """Held-out accuracy first; of two equal ones the lower loss."""
+    return figures["eval_rewards/accuracies"], -figures["eval_loss"]
 
 
 def _job(ctx: Context, policy: Policy, settings: Dpo, train: Side, held_out: Side) -> Job:
@@ -116,6 +153,7 @@ def _job(ctx: Context, policy: Policy, settings: Dpo, train: Side, held_out: Sid
         listener=ctx.listener,
         stop=ctx.stop,
         evaluate=evaluate,
+        rank=_by_accuracy if settings.keep == "best" else None,
     )
 
 

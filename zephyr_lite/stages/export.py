@@ -15,9 +15,10 @@ import torch
 from tokenizers import Tokenizer
 
 from zephyr_lite.data.chat import ZEPHYR_TEMPLATE, render, template_hash
-from zephyr_lite.data.dialogues import load_dialogues
+from zephyr_lite.data.report import Report
 from zephyr_lite.data.sources import Row, read_rows
-from zephyr_lite.data.split import hold_out
+from zephyr_lite.data.split import is_held_out
+from zephyr_lite.data.token_store import read_corpus
 from zephyr_lite.errors import DataError, RecipeError
 from zephyr_lite.export.fold import FoldedModel
 from zephyr_lite.export.gguf import write_gguf
@@ -27,11 +28,12 @@ from zephyr_lite.export.safetensors import write_merged
 from zephyr_lite.export.verify import ExportMismatch, verify_gguf
 from zephyr_lite.model.adapters import load_adapter
 from zephyr_lite.model.policy import Policy
-from zephyr_lite.stages import aif
+from zephyr_lite.stages import aif, sft
 from zephyr_lite.stages.context import Context
 from zephyr_lite.storage import file_digest, seal_digest, write_json
 
 ANSWER_TOKENS = 96
+ROWS_PER_PROMPT = 20  # dialogues read to find one that leaves room for a comparison
 Messages = list[dict[str, str]]
 
 
@@ -42,18 +44,18 @@ def run(ctx: Context, stage: str | None = None) -> None:
         stage: whose adapter to export, `dpo` or `sft`; by default the last one trained.
     """
     stage = final_stage(ctx, stage)
-    settings = ctx.recipe.export
+    settings, adapter = ctx.recipe.export, ctx.adapter(stage)
     inputs = {
         "recipe": ctx.run.fields("export"),
         "stage": stage,
-        "adapter": seal_digest(ctx.run.path(stage, "adapter")),
+        "adapter": seal_digest(adapter) if adapter else None,
         "base": ctx.base.sha256,
         "template": template_hash(),
     }
     if ctx.run.is_done("export", inputs, binding=False) and _intact(ctx):
         return
     with ctx.stage("export", inputs) as record:
-        model = FoldedModel(ctx.base.folder, ctx.run.path(stage, "adapter"))
+        model = FoldedModel(ctx.base.folder, adapter)
         files = [_write(ctx, model, quant) for quant in settings.quants]
         if settings.merged:
             folder = ctx.run.path("export", "merged")
@@ -83,7 +85,9 @@ def final_stage(ctx: Context, stage: str | None = None) -> str:
     name = stage or ("dpo" if ctx.recipe.dpo else "sft")
     if name not in ("dpo", "sft"):
         raise RecipeError(f"--stage {name}: must be dpo or sft")
-    if not ctx.run.path(name, "adapter").is_dir():
+    adapter = ctx.adapter(name)
+    is_finished = ctx.run.manifest["stages"].get(name, {}).get("finished") is not None
+    if not (is_finished if adapter is None else adapter.is_dir()):
         raise RecipeError(
             f"{ctx.run.folder}: stage {name} is not trained yet",
             hint=f"zephyr-lite {name} {ctx.recipe.name}",
@@ -101,9 +105,11 @@ def newest_gguf(folder: Path) -> Path | None:
 
 
 def trained_policy(ctx: Context, stage: str) -> Policy:
-    """The trained model: base and the stage's whole adapter."""
-    model: Any = ctx.load_model()
-    policy = ctx.policy(load_adapter(model, stage, ctx.run.path(stage, "adapter")))
+    """The trained model: base and the stage's whole adapter, where it has one."""
+    model, adapter = ctx.load_model(), ctx.adapter(stage)
+    if adapter is None:
+        return ctx.policy(model)
+    policy = ctx.policy(load_adapter(model, stage, adapter))
     policy.use([stage])
     return policy
 
@@ -225,20 +231,17 @@ def _dialogue_rows(ctx: Context) -> tuple[list[tuple[Messages, str]], list[tuple
     split = ctx.recipe.data.dialogues
     if split is None:
         raise DataError("the recipe names no data to check the export with")
-    dialogues, _ = load_dialogues(
-        split.eval or split.train,
-        on_fault="drop",
-        special_tokens=ctx.tokenizer.special_tokens,
-        offline=ctx.run.offline,
-    )
-    trained, held_out = hold_out(dialogues, split.holdout, lambda d: d.messages)
-    if split.eval:
-        trained, held_out = [], dialogues
-    held_out, trained = (
-        [([dict(m) for m in d.messages[:-1]], d.messages[-1]["content"]) for d in side]
-        for side in (held_out, trained)
-    )
-    return held_out, trained
+    corpus = sft.corpus(ctx, split, "eval" if split.eval else "train")
+    enough = ROWS_PER_PROMPT * ctx.recipe.export.verify_prompts
+    sides: tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]] = ([], [])
+    for dialogue in read_corpus(corpus, ctx.tokenizer, Report(corpus.on_fault)):
+        is_trained = not split.eval and not is_held_out(dialogue.messages, split.holdout)
+        *prompt, answer = [dict(m) for m in dialogue.messages]
+        if len(sides[is_trained]) < enough:
+            sides[is_trained].append((prompt, answer["content"]))
+        if len(sides[0]) >= enough or (len(sides[1]) >= enough and not split.holdout):
+            break
+    return sides
 
 
 def _ask(ctx: Context, name: str, questions: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from zephyr_lite.stages.context import Context
 from zephyr_lite.storage import cache_folder
 
 SHARD_PAIRS = 64
-LOG_PROB_VERSION = 1  # raise when the way log-probs are computed changes
+LOG_PROB_VERSION = 2  # raise when the way log-probs are computed changes
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ def set_key(ctx: Context) -> dict[str, Any]:
 
     Truncation is not listed: it acts on the ids, which are the pair's own key.
     """
+    parent = ctx.adapter("sft")
     return {
         "version": LOG_PROB_VERSION,
         "base": ctx.base.sha256,
-        "adapter": adapter_identity(ctx.run.path("sft", "adapter")) if ctx.recipe.sft else None,
+        "adapter": adapter_identity(parent) if parent else None,
         "template": template_hash(),
         "dtype": str(ctx.dtype),
         "engine": ctx.recipe.engine,
@@ -84,6 +85,7 @@ def _encode(ctx: Context, side: str) -> tuple[list[str], list[EncodedPair]]:
     rows = aif.read_pairs(ctx, side)
     encoded = ctx.tokenizer.encode_pairs(
         [(r.prompt, r.chosen, r.rejected) for r in rows],
+        names=[f"row {r.id} of {r.source}" for r in rows],
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
     )
@@ -96,10 +98,10 @@ def _encode(ctx: Context, side: str) -> tuple[list[str], list[EncodedPair]]:
 
 def _reference_policy(ctx: Context) -> Policy:
     """The SFT model, or the base where there is no dSFT; nothing trains."""
-    model: Any = ctx.load_model()
-    if not ctx.recipe.sft:
+    model, parent = ctx.load_model(), ctx.adapter("sft")
+    if parent is None:
         return ctx.policy(model)
-    policy = ctx.policy(load_adapter(model, sft.ADAPTER, ctx.run.path("sft", "adapter")))
+    policy = ctx.policy(load_adapter(model, sft.ADAPTER, parent))
     policy.use([sft.ADAPTER])
     return policy
 

@@ -1,27 +1,33 @@
 """dSFT: supervised fine-tuning of a LoRA adapter on the teacher's dialogues.
 
 dialogues -> tokens -> packed rows -> loop -> sft/adapter, sft/eval.json, sft/report.json
+
+In place of training, `sft.from` takes a finished adapter, which becomes sft/adapter, or a finished
+model, which becomes the base of everything after it. Both are measured on the held-out dialogues.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from zephyr_lite.data.chat import template_hash
-from zephyr_lite.data.dialogues import Dialogue, load_dialogues
-from zephyr_lite.data.layout import Documents, Row, join_documents, pack_masked, pack_wrapped
-from zephyr_lite.data.report import Report
-from zephyr_lite.data.split import hold_out
-from zephyr_lite.errors import DataError
+from zephyr_lite.data.layout import Documents, Row, pack_masked, pack_wrapped
+from zephyr_lite.data.token_store import Corpus, Tokens, open_tokens
+from zephyr_lite.errors import DataError, RecipeError
 from zephyr_lite.evaluate.perplexity import evaluate_documents
-from zephyr_lite.model.adapters import add_adapter, save_adapter
+from zephyr_lite.model.adapters import add_adapter, load_adapter, save_adapter
 from zephyr_lite.model.policy import Policy
-from zephyr_lite.recipe import Sft, Split
-from zephyr_lite.run import Run
+from zephyr_lite.model.starting_point import StartingPoint, compare_bases, quantised_again
+from zephyr_lite.recipe import Dialogues, Sft
 from zephyr_lite.stages.context import Context
-from zephyr_lite.storage import open_sealed, read_json, seal_digest, sealed_folder
+from zephyr_lite.storage import (
+    cache_folder,
+    open_sealed,
+    read_json,
+    seal_digest,
+    sealed_folder,
+    write_text,
+)
 from zephyr_lite.train.loop import Job
 from zephyr_lite.train.objectives import LanguageModelling
 
@@ -29,10 +35,22 @@ ADAPTER = "sft"
 
 
 def run(ctx: Context) -> None:
-    """Train the SFT adapter unless that was done before."""
+    """Train the SFT adapter, or take what `sft.from` names, unless that was done before."""
     settings, split = ctx.recipe.sft, ctx.recipe.data.dialogues
-    if settings is None or split is None:
+    if settings is None:
         return
+    if ctx.start is not None:
+        _take(ctx, ctx.start, settings)
+    elif split is not None:
+        _train(ctx, settings, split)
+
+
+def adapter_digest(ctx: Context) -> str | None:
+    """Hash of the finished SFT adapter; None where there is none over the base."""
+    return ctx.run.output("sft", "adapter") if ctx.adapter("sft") else None
+
+
+def _train(ctx: Context, settings: Sft, split: Dialogues) -> None:
     inputs = _inputs(ctx, split)
     if ctx.run.is_done("sft", inputs):
         open_sealed(ctx.run.path("sft", "adapter"))
@@ -61,67 +79,139 @@ def run(ctx: Context) -> None:
         )
         figures = job.run()
         with sealed_folder(ctx.run.path("sft", "adapter")) as part:
-            save_adapter(policy.model, [ADAPTER], part, ctx.recipe.base.model)
+            save_adapter(policy.model, [ADAPTER], part, ctx.base_name)
         ctx.write({"base": parent, "sft": figures}, "sft", "eval.json")
         record |= {"adapter": seal_digest(ctx.run.path("sft", "adapter")), "figures": figures}
     job.checkpoints().remove()
 
 
-def adapter_digest(run: Run) -> str | None:
-    """Hash of the finished SFT adapter; None for a recipe without dSFT."""
-    return run.output("sft", "adapter") if run.recipe.sft else None
+def _take(ctx: Context, start: StartingPoint, settings: Sft) -> None:
+    """Put a finished adapter where a trained one would lie; measure it, or the finished model."""
+    inputs = _start_inputs(ctx, start)
+    target = ctx.adapter("sft")
+    if ctx.run.is_done("sft", inputs):
+        if target is not None:
+            open_sealed(target)
+        return
+    with ctx.stage("sft", inputs) as record:
+        found = {"from": start.name, "revision": start.revision, **inputs["start"]}
+        held_out, parent = _held_out(ctx), {}
+        if target is None:
+            doubt = quantised_again(start, ctx.recipe.base)
+            policy = ctx.policy(ctx.load_model())
+        else:
+            doubt = compare_bases(start, ctx.recipe.base, ctx.base.identity["source"])
+            policy = ctx.policy(_fitted(ctx, start))
+            parent = _parent_figures(
+                ctx, policy, lambda: _evaluate(ctx, policy, settings, held_out)
+            )
+            policy.use([ADAPTER])
+            with sealed_folder(target) as part:
+                save_adapter(policy.model, [ADAPTER], part, ctx.base_name)
+            record |= {"adapter": seal_digest(target)}
+        figures = _evaluate(ctx, policy, settings, held_out)
+        ctx.write({"base": parent, "sft": figures}, "sft", "eval.json")
+        record |= {"start": found, "figures": figures}
+    for line in (doubt, f"sft: taken from {start.name} ({start.kind}); nothing was trained"):
+        if line:
+            ctx.listener.note(line)
 
 
-def _inputs(ctx: Context, split: Split) -> dict[str, Any]:
-    names = ("seed", "base", "data.dialogues", "data.on_fault", "sft", "engine")
+def _start_inputs(ctx: Context, start: StartingPoint) -> dict[str, Any]:
+    """As `_inputs`: what was taken, by its contents, and what it is measured on."""
+    split = ctx.recipe.data.dialogues
+    sources = () if split is None else split.eval or split.train
+    data = ("data.dialogues", "data.decontaminate", "data.on_fault")
+    names = ("base", *data, "sft.max_length", "engine")
     return {
         "recipe": ctx.run.fields(*names),
-        "data": ctx.data_fingerprints(split.train, split.eval),
+        "start": start.identity(),
+        "data": ctx.data_fingerprints(sources, ctx.recipe.data.decontaminate),
         "base": ctx.base.sha256,
         "template": template_hash(),
         "dtype": str(ctx.dtype),
     }
 
 
-def _load(ctx: Context, split: Split) -> tuple[Documents, Documents | None]:
-    """Tokenised training and held-out dialogues; writes sft/report.json."""
-    train, report = _read(ctx, split.train)
-    reports = {"train": report.as_dict()}
+def _fitted(ctx: Context, start: StartingPoint) -> Any:
+    """The base with what `sft.from` names over it. Raises: RecipeError where it does not fit."""
+    try:
+        return load_adapter(ctx.load_model(), ADAPTER, start.folder)
+    except DataError as error:
+        hint = "take an adapter of this recipe's base, or set base to the adapter's"
+        raise RecipeError(f"sft.from: {error}", hint=hint) from None
+
+
+def _held_out(ctx: Context) -> Documents | None:
+    """Held-out dialogues for a dSFT that is not trained here; None where the recipe has none."""
+    split = ctx.recipe.data.dialogues
+    if split is None:
+        return None
     if split.eval:
-        held_out, eval_report = _read(ctx, split.eval)
-        reports["eval"] = eval_report.as_dict()
-    else:
-        train, held_out = hold_out(train, split.holdout, lambda d: d.messages)
-    counts = {"train_dialogues": len(train), "held_out_dialogues": len(held_out)}
-    if not train:
-        raise DataError(
-            "no dialogue is left to train on", hint="see sft/report.json for the reasons"
-        )
-    wrapped = ctx.recipe.sft is not None and ctx.recipe.sft.packing == "wrapped"
-    documents = _tokenise(ctx, train, wrapped=wrapped)
-    counts["train_tokens"] = int(documents.offsets[-1])
+        return _tokenise(ctx, corpus(ctx, split, "eval")).documents
+    return _load(ctx, split)[1] if split.holdout else None
+
+
+def _inputs(ctx: Context, split: Dialogues) -> dict[str, Any]:
+    data = ("data.dialogues", "data.decontaminate", "data.on_fault")
+    names = ("seed", "base", *data, "sft", "engine")
+    return {
+        "recipe": ctx.run.fields(*names),
+        "data": ctx.data_fingerprints(split.train, split.eval, ctx.recipe.data.decontaminate),
+        "base": ctx.base.sha256,
+        "template": template_hash(),
+        "dtype": str(ctx.dtype),
+    }
+
+
+def _load(ctx: Context, split: Dialogues) -> tuple[Documents, Documents | None]:
+    """Tokenised training and held-out dialogues; writes sft/report.json and sft/rejected.jsonl."""
+    train = _tokenise(ctx, corpus(ctx, split, "train"))
+    held_out, reports, rejected = (
+        train.held_out,
+        {"train": train.report},
+        train.rejected_of("train"),
+    )
+    if split.eval:
+        evaluation = _tokenise(ctx, corpus(ctx, split, "eval"))
+        held_out, reports["eval"] = evaluation.documents, evaluation.report
+        rejected += evaluation.rejected_of("eval")
+    counts = {
+        "train_dialogues": len(train.documents or ()),
+        "held_out_dialogues": len(held_out or ()),
+        "train_tokens": int(train.documents.offsets[-1]) if train.documents else 0,
+    }
     ctx.write(counts | reports, "sft", "report.json")
-    return documents, _tokenise(ctx, held_out, wrapped=False) if held_out else None
+    write_text(ctx.run.path("sft", "rejected.jsonl"), rejected)
+    if train.documents is None:
+        hint = "see sft/report.json for the reasons"
+        raise DataError("no dialogue is left to train on", hint=hint)
+    return train.documents, held_out
 
 
-def _read(ctx: Context, sources: Any) -> tuple[list[Dialogue], Report]:
-    return load_dialogues(
-        sources,
+def corpus(ctx: Context, split: Dialogues, side: Literal["train", "eval"]) -> Corpus:
+    """What one side's documents are made from.
+
+    Held-out dialogues of their own are measured on, not trained on: a benchmark's prompt does no
+    harm there.
+    """
+    sft, is_train = ctx.recipe.sft, side == "train"
+    return Corpus(
+        sources=split.train if is_train else split.eval,
+        truecase=split.truecase,
+        drop_refusals=split.drop_refusals,
+        decontaminate=ctx.recipe.data.decontaminate if is_train else (),
         on_fault=ctx.recipe.data.on_fault,
-        special_tokens=ctx.tokenizer.special_tokens,
+        seed=ctx.recipe.seed,
+        holdout=split.holdout if is_train and not split.eval else 0.0,
+        extra_end=is_train and sft is not None and sft.packing == "wrapped",
         offline=ctx.run.offline,
     )
 
 
-def _tokenise(ctx: Context, dialogues: list[Dialogue], *, wrapped: bool) -> Documents:
-    encoded = ctx.tokenizer.encode_dialogues([d.messages for d in dialogues])
-    if wrapped:
-        # As published: the packer puts one more end token between documents.
-        eos = np.array([ctx.tokenizer.eos_id], np.int32)
-        return join_documents(
-            [(np.append(e.ids, eos), np.append(e.assistant, False)) for e in encoded]
-        )
-    return join_documents([(e.ids, e.assistant) for e in encoded])
+def _tokenise(ctx: Context, wanted: Corpus) -> Tokens:
+    """A corpus's tokens, from the cache shared between runs where it has them."""
+    return open_tokens(wanted, ctx.tokenizer, cache_folder() / "tokens", ctx.listener.note)
 
 
 def _pack(documents: Documents, settings: Sft) -> list[Row]:

@@ -22,7 +22,7 @@ from zephyr_lite.errors import DivergedError
 from zephyr_lite.model.policy import Policy
 from zephyr_lite.recipe import Training
 from zephyr_lite.stopping import Stop
-from zephyr_lite.train.checkpoint import Checkpoints
+from zephyr_lite.train.checkpoint import Best, Checkpoints, Figures
 from zephyr_lite.train.metrics import MetricsLog, peak_memory_gib
 from zephyr_lite.train.objectives import MicroBatch, Objective, Sums
 from zephyr_lite.train.optimizer import learning_rate, make_optimizer
@@ -53,6 +53,8 @@ class Job:
     """One training: what is trained, on what, under which settings, and where it is kept.
 
     evaluate: figures on held-out rows, called during and after training.
+    rank: what of those figures says which evaluation's weights are kept, more is better; None keeps
+        the last step's.
     """
 
     label: str
@@ -63,16 +65,20 @@ class Job:
     seed: int
     listener: Listener
     stop: Stop
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[], Figures]
+    rank: Callable[[Figures], tuple[float, ...]] | None = None
     _seconds: float = field(default=0.0, init=False)
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, resuming where a checkpoint stands; the last evaluation's figures."""
+        """Train to the end, resuming where a checkpoint stands; figures of the weights kept.
+
+        With `rank`, `step` says whose weights those are, and `last` has the last step's figures.
+        """
         parameters = self.policy.trainable()
         optimizer = make_optimizer(self.settings, parameters)
         order = self._order()
-        checkpoints = self.checkpoints()
-        meta = checkpoints.restore(parameters, optimizer) or {"step": 0, "seconds": 0.0}
+        checkpoints, best = self.checkpoints(), Best(self.rank)
+        meta = checkpoints.restore(parameters, optimizer, best) or {"step": 0, "seconds": 0.0}
         done: int = meta["step"]
         self._seconds = meta["seconds"]
         self._warn_about_threads(meta)
@@ -87,7 +93,9 @@ class Job:
                     final = finished == order.total_steps
                     evaluated = self._every(self.settings.eval_every, finished) and not final
                     if evaluated:
-                        record |= self.evaluate()
+                        held_out = self.evaluate()
+                        best.offer(finished, held_out, parameters)
+                        record |= held_out
                     if self._every(self.settings.log_every, finished) or evaluated or final:
                         log.write(record)
                     self.listener.step(record)
@@ -98,14 +106,18 @@ class Job:
                         or self.stop.requested
                         or self._every(self.settings.checkpoint_every, finished)
                     ):
-                        checkpoints.save(finished, parameters, optimizer, self._meta())
+                        checkpoints.save(finished, parameters, optimizer, self._meta(), best)
                         last_save = time.monotonic()
                     self.stop.check(f"{self.label} stopped after step {finished}; state is saved")
-            figures = self.evaluate()
+            figures: dict[str, Any] = self.evaluate()
             log.write({"step": order.total_steps} | figures)
         finally:
             log.close()
             self.listener.end()
+        if self.rank is not None:
+            best.offer(order.total_steps, figures, parameters)
+            best.put_back(parameters)
+            figures = {**best.figures, "step": best.step, "last": figures}
         return figures | {"steps": order.total_steps, "seconds": round(self._seconds, 3)}
 
     def checkpoints(self) -> Checkpoints:

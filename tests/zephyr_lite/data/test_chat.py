@@ -322,3 +322,25 @@ def test_a_tokenizer_that_joins_header_and_answer_is_refused() -> None:
     assert error.value.hint
     with pytest.raises(DataError, match="not a prefix"):
         newlines.encode_pair(say("Hi"), "a", "\nb", max_length=64, max_prompt_length=32)
+
+
+def test_an_error_names_the_row_it_was_given_a_name_for(mistral: ChatTokenizer) -> None:
+    newlines = ChatTokenizer(bytes_tokenizer(("\n", "\n")), bos="<s>", eos="</s>")
+    names = [f"row r{i} of file" for i in range(600)]
+    for tokenizer, answer, problem in (
+        (newlines, "\nHello", "not a prefix"),
+        (mistral, "</s>", "spells the control token"),
+        (mistral, "\ud800", "lone surrogate"),
+    ):
+        texts = ["Hello"] * 600
+        texts[570] = answer
+        dialogues, pairs = [say("Hi", t) for t in texts], [(say("Hi"), "a", t) for t in texts]
+        for encode in (
+            lambda t=tokenizer, d=dialogues: t.encode_dialogues(d, names),
+            lambda t=tokenizer, p=pairs: t.encode_pairs(
+                p, names, max_length=64, max_prompt_length=32
+            ),
+            lambda t=tokenizer, a=texts: t.encode_answers(a, names),
+        ):
+            with pytest.raises(DataError, match=rf"^row r570 of file: .*{problem}"):
+                encode()

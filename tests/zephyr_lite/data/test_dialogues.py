@@ -1,29 +1,37 @@
-"""Dialogues: every shared file goes in whole, every fault is named, counts add up."""
+"""Dialogues: every schema and every shared file goes in, every fault is named, counts add up."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from zephyr_lite.data.dialogues import load_dialogues, read_texts
+from zephyr_lite.data.decontaminate import Decontaminator
+from zephyr_lite.data.dialogues import (
+    Dialogue,
+    DialogueRule,
+    iter_dialogues,
+    load_dialogues,
+    read_texts,
+)
 from zephyr_lite.data.report import Report
 from zephyr_lite.data.sources import Row
 from zephyr_lite.errors import DataError, VerificationError
+from zephyr_lite.recipe import Source
 
 Write = Callable[..., Any]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    def write(*rows: Any, name: str = "d.jsonl", limit: int | None = None) -> Any:
+    def write(*rows: Any, name: str = "d.jsonl", **options: Any) -> Source:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return SimpleNamespace(path=str(tmp_path / name), split=None, limit=limit)
+        return Source(path=str(tmp_path / name), **options)
 
     return write
 
@@ -50,15 +58,71 @@ ROWS_SFT = {
 
 def test_every_shared_file_goes_in(shared_data: Path) -> None:
     for name, rows in ROWS_SFT.items():
-        source = SimpleNamespace(
-            path=str(shared_data / "sft" / f"{name}.jsonl"), split=None, limit=None
-        )
+        source = Source(path=str(shared_data / "sft" / f"{name}.jsonl"))
         dialogues, report = load_dialogues([source])
         with open(source.path, encoding="utf-8") as lines:
             raw = [json.loads(line) for line in lines]
         assert [(d.id, d.messages) for d in dialogues] == [(r["id"], r["messages"]) for r in raw]
         assert report.as_dict()["rows_read"] == len(dialogues) == rows
         assert report.as_dict()["dropped"] == {}
+
+
+def run(
+    *sources: Source, limit: int | None = None, **rule: Any
+) -> tuple[list[Dialogue], dict[str, Any]]:
+    """(dialogues, report as a dictionary) under `on_fault=drop`."""
+    report = Report("drop")
+    return list(iter_dialogues(sources, DialogueRule(**rule), report, limit)), report.as_dict()
+
+
+def say(**turn: str) -> list[dict[str, str]]:
+    """`say(human="x", gpt="y")`: a ShareGPT dialogue."""
+    return [{"from": speaker.rstrip("_"), "value": text} for speaker, text in turn.items()]
+
+
+UA = [("user", "u"), ("assistant", "a")]
+SCHEMAS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "ultrachat_200k": (
+        {"prompt": "u", "prompt_id": "f" * 64, "messages": turns("ua", u="u", a="a")},
+        UA,
+    ),
+    "messages beside others": ({"messages": turns("ua", u="u", a="a"), "data": ["x", "y"]}, UA),
+    "ShareGPT": ({"id": "x", "conversations": say(human="u", gpt="a")}, UA),
+    "ShareGPT, other names": (
+        {"conversation": say(system="s", user="u", chatgpt="a", human="v", bing="b")},
+        [("system", "s"), *UA, ("user", "v"), ("assistant", "b")],
+    ),
+    "ShareGPT, system apart": (
+        {"system": "s", "conversations": say(human="u", bard="a")},
+        [("system", "s"), *UA],
+    ),
+    "conversation of roles": ({"conversation": turns("ua", u="u", a="a")}, UA),
+    "Alpaca": ({"instruction": "u", "input": "", "output": "a"}, UA),
+    "Alpaca without input": ({"instruction": "u", "output": "a"}, UA),
+    "Alpaca, null input": ({"instruction": "u", "input": None, "output": "a"}, UA),
+    "Alpaca with input": (
+        {"instruction": "Sort.", "input": "b a", "output": "a b", "text": "Below is ..."},
+        [("user", "Sort.\n\nb a"), ("assistant", "a b")],
+    ),
+    "UltraChat": (
+        {"id": "7", "data": ["u", "a", "v", "b"]},
+        [*UA, ("user", "v"), ("assistant", "b")],
+    ),
+}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_schemas(write: Write, schema: str) -> None:
+    row, expected = SCHEMAS[schema]
+    dialogues, report = load_dialogues([write(row)])
+    assert [(m["role"], m["content"]) for m in dialogues[0].messages] == expected
+    assert report.as_dict()["kept"] == 1
+    assert dialogues[0].id == row.get("id", row.get("prompt_id", dialogues[0].id))
+
+
+def test_schemas_are_recognised_row_by_row(write: Write) -> None:
+    dialogues, report = run(write(*(row for row, _ in SCHEMAS.values())))
+    assert len(dialogues) == report["kept"] == len(SCHEMAS)
 
 
 FAULTY = {
@@ -69,6 +133,30 @@ FAULTY = {
     "no_assistant_turn": turns("su"),
     "last_turn_not_assistant": turns("uau"),
 }
+FAULTY_ROWS = {
+    "assistant_first": {"conversations": say(gpt="hi", human="u", gpt_="a")},
+    "assistant_first, after a system turn": {"conversations": say(system="s", gpt="a")},
+    "turn_order": {"conversations": say(human="u", user="v", gpt="a")},
+    "turn_order, a late system turn": {"conversations": say(human="u", system="s", gpt="a")},
+    "no_assistant_turn": {"conversations": []},
+    "no_assistant_turn, ShareGPT": {"conversations": say(human="u")},
+    "last_turn_not_assistant": {"conversations": say(human="u", gpt="a", user="v")},
+    "last_turn_not_assistant, UltraChat": {"data": ["u", "a", "v"]},
+    "no_assistant_turn, UltraChat": {"data": ["u"]},
+    "empty_answer, Alpaca": {"instruction": "u", "input": "x", "output": ""},
+    "empty_user, Alpaca": {"instruction": " ", "input": "x", "output": "a"},
+    "empty_user, ShareGPT": {"conversations": say(human="", gpt="a")},
+    "special_token_text, UltraChat": {"data": ["u", "a</s>"]},
+}
+
+
+@pytest.mark.parametrize("case", FAULTY_ROWS)
+def test_faults_of_other_schemas(write: Write, case: str) -> None:
+    source, reason = write(FAULTY_ROWS[case]), case.split(",")[0]
+    with pytest.raises(DataError, match=rf"d\.jsonl:1: {reason}$"):
+        load_dialogues([source])
+    dialogues, report = run(source)
+    assert (dialogues, report["dropped"]) == ([], {reason: 1})
 
 
 @pytest.mark.parametrize("reason", FAULTY)
@@ -86,7 +174,7 @@ def test_faults_stop_or_are_counted(write: Write, reason: str) -> None:
 
 
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
-    "no key": ({"conversations": []}, "no key `messages`"),
+    "no key": ({"dialogue": []}, "no key `messages`; the row has dialogue"),
     "preference row": ({"chosen": "a", "rejected": "b"}, "no key `messages`"),
     "text": ({"messages": "hi"}, "`messages` must be a list of messages, found str"),
     "null": ({"messages": None}, "found NoneType"),
@@ -104,6 +192,38 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": turns("suasua")},
         "`messages[3].role` is system, must be user",
     ),
+    "ShareGPT text": (
+        {"conversations": "hi"},
+        "`conversations` must be a list of turns, found str",
+    ),
+    "ShareGPT turn": ({"conversation": ["hi"]}, "`conversation[0]` must be an object, found str"),
+    "ShareGPT speaker": ({"conversations": say(tool="x")}, "`conversations[0].from` is 'tool'"),
+    "ShareGPT value": (
+        {"conversations": [{"from": "human", "value": None}]},
+        "`conversations[0].value` must be text, found NoneType",
+    ),
+    "ShareGPT keys": (
+        {"conversations": [{"from": "human", "text": "x"}]},
+        "`conversations[0].value` must be text, found no such key",
+    ),
+    "mixed turns": (
+        {"conversations": [*turns("u"), *say(gpt="a")]},
+        "`conversations[1].role` must be text, found no such key",
+    ),
+    "system type": ({"system": 3, "conversations": say(human="u", gpt="a")}, "`system` must be"),
+    "Alpaca output": ({"instruction": "u", "output": None}, "`output` must be text, found NoneTy"),
+    "Alpaca input": (
+        {"instruction": "u", "input": 3, "output": "a"},
+        "`input` must be text, found",
+    ),
+    "Alpaca history": (
+        {"instruction": "u", "output": "a", "history": [["x", "y"]]},
+        "`history` beside `instruction` is not read",
+    ),
+    "UltraChat text": ({"data": "hi"}, "`data` must be a list of texts, found str"),
+    "UltraChat empty": ({"data": []}, "`data` must be a list of texts, found an empty list"),
+    "UltraChat turn": ({"data": ["u", {"x": 1}]}, "`data[1]` must be text, found dict"),
+    "instruction alone": ({"instruction": "u"}, "no key `messages`; the row has instruction"),
     "system twice": ({"messages": turns("ssua")}, "`messages[1].role` is system, must be user"),
 }
 
@@ -144,6 +264,121 @@ def test_limits(write: Write) -> None:
     dialogues, report = load_dialogues([one, two], 2, on_fault="drop")
     assert dict(report.rows_read) == {one.path: 3}
     assert len(dialogues) == 2
+
+
+def test_rows_stream(write: Write) -> None:
+    """What is not asked for is not read, and what was handed out is not kept."""
+    stream = iter_dialogues([write({"messages": turns("ua")}, {})], DialogueRule(), Report())
+    assert next(stream).messages == turns("ua")
+    with pytest.raises(DataError, match=r"d\.jsonl:2: no key `messages`"):
+        next(stream)
+    rows = ({"messages": turns("ua", a="x" * 4000)} for _ in range(2500))  # 10 MB
+    source = write(*rows, name="big.jsonl", weight=1.5)
+    tracemalloc.start()
+    total = sum(1 for _ in iter_dialogues([source], DialogueRule(), Report()))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 3500 < total < 4000
+    assert peak < 1_000_000
+
+
+def test_weights_draw_and_repeat_rows(write: Write) -> None:
+    rows = [{"id": str(i), "messages": turns("ua", a=f"a{i}")} for i in range(400)]
+    half, twice = write(*rows, weight=0.5), write(*rows[:3], name="e.jsonl", weight=2)
+    dialogues, report = run(half, twice)
+    names = [d.id for d in dialogues]
+    assert names[-6:] == ["0", "0", "1", "1", "2", "2"]
+    assert 150 < len(names) - 6 < 250
+    assert report["dropped"] == {"not_sampled": 400 - len(names) + 6}
+    assert report["files"][twice.path] == {
+        "rows_read": 3,
+        "kept": 3,
+        "dropped": {},
+        "noted": {"repeated": 3},
+    }
+    assert report["steps"][0]["changed"] == {"repeated": 3}
+    assert [d.id for d in run(half)[0]] == names[:-6]
+    assert [d.id for d in run(half, seed=43)[0]] != names[:-6]
+    # Malformed is malformed, drawn or not; so many rows are never all left out.
+    with pytest.raises(DataError, match="no key `messages`"):
+        run(write(*[{}] * 3, name="f.jsonl", weight=0.01))
+
+
+def test_truecasing_touches_turns_of_users_only(write: Write) -> None:
+    text = "hello. how are you?"
+    row = {"messages": turns("suaua", s=text, u=text, a=text)}
+    source = write(row, {"messages": turns("ua", u="Fine.")})
+    (plain, _), _ = run(source)
+    (cased, other), report = run(source, truecase=True)
+    fixed = "Hello. How are you?"
+    assert [m["content"] for m in cased.messages] == [text, fixed, text, fixed, text]
+    assert plain.messages == row["messages"]
+    assert cased.id == plain.id
+    assert other.messages[0]["content"] == "Fine."
+    last = {"step": "truecasing", "before": 2, "after": 2, "changed": {"truecased_turns": 2}}
+    assert report["steps"][-1] == last
+
+
+def test_filters_follow_each_other(write: Write) -> None:
+    """A row with several reasons is dropped for the first; nobody's fault stops the run."""
+    prompt = "Name the three largest moons of the planet Jupiter, please."
+    refusal = {"messages": turns("ua", u=prompt, a="I do not have opinions.")}
+    contaminated = {"messages": turns("ua", u=prompt.lower())}
+    answered = {"messages": turns("ua", a=f"You asked: {prompt} Here they are.")}
+    source = write(refusal, contaminated, answered, {"messages": turns("ua")})
+    rule = DialogueRule(drop_refusals=True, decontaminator=Decontaminator([("moons", prompt)]))
+    report = Report("stop")
+    assert len(list(iter_dialogues([source], rule, report))) == 1
+    assert report.reasons() == {"refusal": 1, "contaminated": 2}
+    assert report.dropped_rows[1:] == [
+        {"file": source.path, "line": line, "reason": "contaminated", "detail": "moons"}
+        for line in (2, 3)
+    ]
+    assert [(s["step"], s["before"], s["after"]) for s in report.steps()] == [
+        ("soundness", 4, 4),
+        ("refusals", 4, 3),
+        ("decontamination", 3, 1),
+    ]
+    assert report.steps()[-1]["benchmarks"] == {"moons": 1}
+    assert len(run(source)[0]) == 4
+
+
+def test_every_shared_file_through_every_step(shared_data: Path, tmp_path: Path) -> None:
+    sources = [
+        Source(path=str(shared_data / "sft" / f"{name}.jsonl"), weight=0.5 if i % 2 else 2)
+        for i, name in enumerate(ROWS_SFT)
+        if name not in ("sgd_multiturn", "alpaca", "gsm8k")  # large, and they lose nothing
+    ]
+    benchmarks = ("mt_bench/question", "alpaca_eval_zephyr_7b_beta")
+    found = Decontaminator.load(
+        [Source(path=str(shared_data / "eval" / f"{name}.jsonl")) for name in benchmarks]
+    )
+    rule = DialogueRule(truecase=True, drop_refusals=True, decontaminator=found)
+    report = Report("drop")
+    dialogues = list(iter_dialogues(sources, rule, report))
+    figures = report.as_dict()
+    rows = {Path(file).stem: counts["rows_read"] for file, counts in figures["files"].items()}
+    assert rows == {name: ROWS_SFT[name] for name in rows}
+    assert figures["rows_read"] == figures["kept"] + sum(figures["dropped"].values())
+    repeated = figures["steps"][0]["changed"]["repeated"]
+    assert len(dialogues) == figures["kept"] + repeated
+    steps = figures["steps"]
+    assert [step["step"] for step in steps] == [
+        "mixture",
+        "soundness",
+        "refusals",
+        "decontamination",
+        "truecasing",
+    ]
+    assert [step["after"] for step in steps][:-1] == [step["before"] for step in steps][1:]
+    assert steps[-1]["after"] == figures["kept"]
+    report.write_rejected(tmp_path / "rejected.jsonl")
+    reasons = Counter(
+        json.loads(line)["reason"]
+        for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    assert reasons == figures["dropped"]
+    assert set(reasons) == {"not_sampled", "refusal", "contaminated"}
 
 
 def test_the_tokenizers_own_special_tokens_count(write: Write) -> None:

@@ -1,4 +1,4 @@
-"""Preference pairs: rules, ties, schemas, and counts over the shared files counted by hand."""
+"""Preference pairs: rules, ties, faults, duplicates, mixtures, what is left out."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from zephyr_lite.data.decontaminate import Decontaminator
 from zephyr_lite.data.feedback import PreferencePair, load_pairs
-from zephyr_lite.data.feedback_rows import ScoredAnswers, parse_feedback
-from zephyr_lite.data.sources import Row
 from zephyr_lite.errors import DataError
+from zephyr_lite.recipe import Source
 
 Write = Callable[..., Any]
 
 
-def source(path: Path | str) -> Any:
-    return SimpleNamespace(path=str(path), split=None, limit=None)
+def source(path: Path | str, **more: Any) -> Source:
+    return Source(path=str(path), **more)
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    def write(*rows: Any, name: str = "f.jsonl") -> Any:
+    def write(*rows: Any, name: str = "f.jsonl", **more: Any) -> Source:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return source(tmp_path / name)
+        return source(tmp_path / name, **more)
 
     return write
 
@@ -122,6 +121,21 @@ FAULTY = {
     "too_few_responses": scored(("a", 1)),
     "special_token_text": scored(("a", 1), ("b</s>", 2)),
     "nul_text": scored(("a", 1), ("b\0", 2)),
+    "different_prompts": {
+        "chosen": [user("1"), assistant("a")],
+        "rejected": [user("2"), assistant("b")],
+    },
+    "transcript_order": {
+        "chosen": "\n\nHuman: 1\n\nHuman: 2\n\nAssistant: a",
+        "rejected": "\n\nHuman: 1\n\nHuman: 2\n\nAssistant: b",
+    },
+    "score_range": {
+        "instruction": "Why?",
+        "completions": [
+            {"response": "a", "annotations": {"honesty": {"Rating": "7"}}},
+            {"response": "b", "annotations": {"honesty": {"Rating": "5"}}},
+        ],
+    },
     "score_order": {
         "prompt": "Why?",
         "chosen": "a",
@@ -142,7 +156,8 @@ def test_faults_stop_or_are_counted(write: Write, reason: str) -> None:
     pairs, report = load_pairs([file], on_fault="drop")
     assert [pair.chosen for pair in pairs] == ["y", "w"]
     assert report.reasons() == {reason: 1}
-    assert report.dropped_rows == [{"file": file.path, "line": 2, "reason": reason}]
+    (dropped,) = report.dropped_rows
+    assert (dropped["file"], dropped["line"], dropped["reason"]) == (file.path, 2, reason)
 
 
 @pytest.mark.parametrize(
@@ -182,254 +197,99 @@ def test_duplicates_are_counted_and_never_stop(write: Write) -> None:
     assert report.reasons() == {"duplicate": 2}
 
 
-MALFORMED: dict[str, tuple[Any, str]] = {
-    "dialogue": ({"messages": []}, "no schema of AI feedback has these keys: messages"),
-    "no prompt": ({"responses": []}, "no key `prompt`"),
-    "prompt type": (scored(("a", 1), ("b", 2), prompt=3), "`prompt` must be text, found int"),
-    "no score": (
-        {"prompt": "p", "responses": [{"text": "a"}]},
-        "no key `responses[0].score`; there is text",
-    ),
-    "no text": ({"prompt": "p", "responses": [{"score": 1}]}, "no key `responses[0].text`"),
-    "score type": (scored(("a", "high")), "`responses[0].score` must be a finite number"),  # type: ignore[arg-type]
-    "score bool": (scored(("a", True)), "must be a finite number, found True"),
-    "score overflow": (scored(("a", "1e999")), "must be a finite number"),  # type: ignore[arg-type]
-    "responses type": (scored() | {"responses": "a"}, "`responses` must be a list, found str"),
-    "response type": (scored() | {"responses": ["a"]}, "`responses[0]` must be an object"),
-    "history order": (
-        scored(("a", 1), history=[user()]),
-        "`history + prompt[1].role` is user, must be assistant",
-    ),
-    "history type": (scored(("a", 1), history="x"), "`history` must be a list"),
-    "no instruction": ({"completions": []}, "no key `instruction`"),
-    "rating": (
-        {
-            "instruction": "p",
-            "completions": [{"response": "a", "annotations": {"honesty": {"Rating": "good"}}}],
-        },
-        "`completions[0].annotations.honesty.Rating` must be a finite number",
-    ),
-    "texts without prompt": ({"chosen": "a", "rejected": "b"}, "no key `prompt`"),
-    "mixed": ({"prompt": "p", "chosen": "a", "rejected": [assistant("b")]}, "`rejected` must be"),
-    "other prompt": (
-        {"chosen": [user("1"), assistant("a")], "rejected": [user("2"), assistant("b")]},
-        "answer different prompts",
-    ),
-    "ends with user": (
-        {"chosen": [user()], "rejected": [user()]},
-        "no key `prompt`",
-    ),
-    "prompt ends with assistant": (
-        {
-            "prompt": [user(), assistant("x")],
-            "chosen": [assistant("a")],
-            "rejected": [assistant("b")],
-        },
-        "`chosen[2].role` is assistant, must be user",
-    ),
-    "prompt list, texts": (
-        {"prompt": [user(), assistant("x")], "chosen": "a", "rejected": "b"},
-        "the prompt's last role is assistant, must be user",
-    ),
-}
+# --- mixtures, and what is left out ---
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-@pytest.mark.parametrize("on_fault", ["stop", "drop"])
-def test_malformed_rows_always_stop(write: Write, case: str, on_fault: Any) -> None:
-    row, words = MALFORMED[case]
-    file = write(scored(("x", 1), ("y", 2)), row)
-    with pytest.raises(DataError) as error:
-        load_pairs([file], on_fault=on_fault)
-    assert words in str(error.value)
-    assert str(error.value).startswith(f"{file.path}:2: ")
+def questions(count: int, **extra: Any) -> list[dict[str, Any]]:
+    return [scored(("a", 1), ("b", 2), prompt=f"question {i}?", **extra) for i in range(count)]
 
 
-# --- the schemas ---
-
-SYSTEM = {"role": "system", "content": "Be kind."}
-READY: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
-    "texts": ({"prompt": "Why?", "chosen": "a", "rejected": "b"}, [user()]),
-    "prompt messages, texts": (
-        {"prompt": [SYSTEM, user()], "chosen": "a", "rejected": "b"},
-        [SYSTEM, user()],
-    ),
-    "explicit": (
-        {"prompt": [SYSTEM, user()], "chosen": [assistant("a")], "rejected": [assistant("b")]},
-        [SYSTEM, user()],
-    ),
-    "implicit": (
-        {
-            "chosen": [user("1"), assistant("2"), user(), assistant("a")],
-            "rejected": [user("1"), assistant("2"), user(), assistant("b")],
-        },
-        [user("1"), assistant("2"), user()],
-    ),
-    "binarized": (
-        {
-            "prompt": "Why?",
-            "prompt_id": "f0",
-            "chosen": [user(), assistant("a")],
-            "rejected": [user(), assistant("b")],
-            "messages": [user(), assistant("a")],
-            "score_chosen": 8.5,
-            "score_rejected": 8.5,
-        },
-        [user()],
-    ),
-    "prompt text, answers": (
-        {"prompt": "Why?", "chosen": [assistant("a")], "rejected": [assistant("b")]},
-        [user()],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", READY)
-def test_ready_pairs_are_used_as_they_are(write: Write, case: str) -> None:
-    row, prompt = READY[case]
-    pairs, report = load_pairs([write(row)])
-    score = 8.5 if case == "binarized" else None
-    assert only(pairs) == (prompt, "a", "b", score, score)
-    assert pairs[0].id == row.get("prompt_id", pairs[0].id)
-    # A published pair is not dropped for its equal scores, but it is counted.
-    noted = {"tie_kept": 1} if case == "binarized" else {}
-    assert next(iter(report.as_dict()["files"].values()))["noted"] == noted
-
-
-def ultrafeedback(ratings: list[list[Any]], overall: list[Any]) -> dict[str, Any]:
-    aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
-    completions = [
-        {
-            "model": f"m{i}",
-            "custom_system_prompt": f"prompt {i}",
-            "response": "abcd"[i],
-            "annotations": {
-                aspect: {"Rating": rating, "Rationale": "because"}
-                for aspect, rating in zip(aspects, row, strict=True)
-            },
-            "overall_score": overall[i],
-            "fine-grained_score": 99.0,
-        }
-        for i, row in enumerate(ratings)
+def test_a_row_of_weight_2_gives_its_pair_twice_and_duplicates_are_still_seen(write: Write) -> None:
+    rows = questions(3)
+    once, twice = write(*rows[:1], name="g.jsonl"), write(*rows, rows[1], weight=2)
+    pairs, report = load_pairs([once, twice])
+    asked = [pair.prompt[0]["content"] for pair in pairs]
+    assert asked == ["question 0?"] + ["question 1?"] * 2 + ["question 2?"] * 2
+    assert [(d["line"], d["reason"]) for d in report.dropped_rows] == [
+        (1, "duplicate"),
+        (4, "duplicate"),
     ]
-    return {"instruction": "Why?", "source": "flan", "completions": completions}
+    assert report.kept[twice.path] == 2
+    assert report.noted[twice.path] == {"repeated": 2}
+    assert len(pairs) == report.kept.total() + 2
 
 
-def test_ultrafeedback_by_mean_and_by_overall(write: Write) -> None:
-    # Means: a 4, b 4.5 over the two aspects that are rated, c 1, d not rated at all.
-    ratings = [["4"] * 4, ["5", "4", "N/A", "N/A"], ["1"] * 4, ["N/A", "N/A", None, "N/A"]]
-    row = ultrafeedback(ratings, [9.0, 2, "1.5", 10])
-    row["completions"][3].pop("fine-grained_score")
-    assert only(load_pairs([write(row)], rule="worst")[0]) == ([user()], "b", "c", 4.5, 1.0)
-    chosen = load_pairs([write(row)], rule="overall")[0][0]
-    assert (chosen.chosen, chosen.score_chosen, chosen.source) == ("d", 10.0, "flan")
-    drawn = set()
-    for seed in range(40):
-        pairs, report = load_pairs([write(row)], rule="mean", seed=seed)
-        drawn.add((pairs[0].chosen, pairs[0].rejected))
-    assert drawn == {("b", "a"), ("b", "c")}
-    assert next(iter(report.noted.values())) == {"answer_unrated": 1}
+def test_a_weight_below_1_takes_a_seeded_part_of_the_rows(write: Write) -> None:
+    rows = questions(400)
+    half, report = load_pairs([write(*rows, weight=0.5)])
+    assert 160 < len(half) < 240
+    assert report.reasons() == {"not_sampled": 400 - len(half)}
+    assert load_pairs([write(*rows, weight=0.5)])[0] == half
+    assert load_pairs([write(*rows, weight=0.5)], seed=43)[0] != half
+    file = write(*rows, weight=1.5)
+    more, report = load_pairs([file])
+    assert len(more) == report.kept.total() + report.noted[file.path]["repeated"]
+    assert report.kept.total() == 400
+    assert 560 < len(more) < 640
 
 
-def test_the_published_ultrafeedback_record(shared_data: Path) -> None:
-    """One completion is printed in the README: rated (2 + 3 + 3 + 3) / 4, and no pair."""
-    file = source(shared_data / "aif" / "ultrafeedback_raw_readme_record.json")
-    with pytest.raises(DataError, match=r"json:1: too_few_responses: 1 of 1 answers can be used$"):
-        load_pairs([file])
-    record = json.loads(Path(file.path).read_text(encoding="utf-8"))
-    record["completions"].append({"response": "no", "annotations": {"honesty": {"Rating": "2.5"}}})
-    assert load_pairs([file], on_fault="drop")[1].as_dict()["dropped"] == {"too_few_responses": 1}
-    parsed = parse_feedback(Row("f", 1, record), "mean")
-    assert isinstance(parsed, ScoredAnswers)
-    assert [answer.score for answer in parsed.answers] == [2.75, 2.5]
+def test_a_limit_counts_rows_not_copies(write: Write) -> None:
+    pairs, report = load_pairs([write(*questions(9), weight=3)], limit=2)
+    assert (len(pairs), report.kept.total(), report.rows_read.total()) == (6, 2, 2)
 
 
-def test_a_rule_that_the_file_has_no_scores_for_says_so(shared_data: Path) -> None:
-    file = source(shared_data / "aif" / "ultrafeedback_schema_arena_bench.jsonl")
-    with pytest.raises(DataError, match="4 without a rating under rule 'mean'") as error:
-        load_pairs([file])
-    assert "data.feedback.rule" in (error.value.hint or "")
+@pytest.mark.parametrize("on_fault", ["stop", "drop"])
+def test_a_malformed_row_stops_even_where_the_mixture_leaves_it_out(
+    write: Write, on_fault: Any
+) -> None:
+    rows = questions(40)
+    _, report = load_pairs([write(*rows, weight=0.1)])
+    left_out = report.dropped_rows[0]["line"]
+    rows[left_out - 1] = {"prompt": "Why?"}
+    with pytest.raises(DataError, match=rf"f\.jsonl:{left_out}: no schema"):
+        load_pairs([write(*rows, weight=0.1)], on_fault=on_fault)
 
 
-# --- the shared files ---
-
-# file: rows, and what `worst` drops (it draws nothing, so these hang on no seed).
-EXPECTED: dict[str, tuple[int, dict[str, int]]] = {
-    "alpaca_eval": (589, {}),
-    "arena_bench": (216, {}),
-    "dpo_multiturn_pairs": (218, {"duplicate": 3}),
-    "gsm8k_solutions": (800, {"tie": 350}),
-    "hh_multiturn_pairs": (211, {}),
-    "oasst_ranked": (164, {}),
-    "pandalm_pairs": (682, {"duplicate": 52, "tie": 67, "empty_answer": 32}),
-    "ultrafeedback_pairs": (
-        895,
-        {"tie": 97, "equal_texts": 4, "empty_answer": 1, "special_token_text": 4},
-    ),
-}
+def test_a_faulty_row_that_the_mixture_leaves_out_does_not_stop(write: Write) -> None:
+    rows = questions(40)
+    _, report = load_pairs([write(*rows, weight=0.1)])
+    rows[report.dropped_rows[0]["line"] - 1] = scored(("", 1), ("b", 2))
+    assert load_pairs([write(*rows, weight=0.1)])[1].reasons() == report.reasons()
 
 
-def count_by_hand(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """What becomes of each row under `worst`, written again without the package."""
-    counts: Counter[str] = Counter()
-    seen = []
-    for row in rows:
-        texts = [answer["text"] for answer in row["responses"]]
-        control = [t for t in texts if "<s>" in t or "</s>" in t or "<unk>" in t]
-        fine = [a for a in row["responses"] if a["text"].strip() and a["text"] not in control]
-        if len(fine) < 2:
-            counts["special_token_text" if control else "empty_answer"] += 1
-        elif len({answer["text"] for answer in fine}) == 1:
-            counts["equal_texts"] += 1
-        elif len({answer["score"] for answer in fine}) == 1:
-            counts["tie"] += 1
-        else:
-            top = max(answer["score"] for answer in fine)
-            best = next(a["text"] for a in fine if a["score"] == top)
-            rest = [a for a in fine if a["text"] != best]
-            low = min(answer["score"] for answer in rest)
-            pair = (row["history"], row["prompt"], best)
-            pair += (next(a["text"] for a in rest if a["score"] == low),)
-            counts["duplicate" if pair in seen else "kept"] += 1
-            seen.append(pair)
-    return {reason: n for reason, n in counts.items() if n}
+def test_excluded_sources_are_left_out_and_are_no_fault(write: Write) -> None:
+    rows = [
+        *questions(1, source="flan"),
+        *questions(1, source="truthful_qa"),
+        scored(("", 1), ("b", 2), source=["sharegpt", "truthful_qa"]),
+        scored(("a", 1), ("b", 2), source=7),
+    ]
+    file = write(*rows)
+    pairs, report = load_pairs([file], exclude_sources=("truthful_qa",))
+    assert [pair.source for pair in pairs] == ["flan", "f"]
+    assert report.dropped_rows == [
+        {"file": file.path, "line": line, "reason": "excluded_source", "detail": "truthful_qa"}
+        for line in (2, 3)
+    ]
+    steps = {step["step"]: (step["before"], step["after"]) for step in report.steps()}
+    assert steps == {"mixture": (4, 2), "soundness": (2, 2), "pairs": (2, 2)}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_counts_of_every_shared_file(shared_data: Path, name: str) -> None:
-    rows, dropped = EXPECTED[name]
-    file = shared_data / "aif" / f"{name}.jsonl"
-    pairs, report = load_pairs([source(file)], rule="worst", on_fault="drop")
-    raw = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert report.as_dict()["rows_read"] == len(raw) == rows
-    assert report.reasons() == dropped
-    assert count_by_hand(raw) == {"kept": len(pairs)} | dropped
-    assert len(report.dropped_rows) == sum(dropped.values())
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_pairs_of_every_shared_file_under_mean(shared_data: Path, name: str) -> None:
-    file = shared_data / "aif" / f"{name}.jsonl"
-    raw = {r["id"]: r for r in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
-    pairs, report = load_pairs([source(file)], on_fault="drop")
-    assert len(pairs) + sum(report.reasons().values()) == EXPECTED[name][0]
-    for pair in pairs:
-        row = raw[pair.id]
-        assert pair.prompt == [*row["history"], user(row["prompt"])]
-        usable = [a for a in row["responses"] if a["text"].strip()]
-        assert pair.score_chosen == max(a["score"] for a in usable if "</s>" not in a["text"])
-        assert {"text": pair.rejected, "score": pair.score_rejected} in [
-            {"text": a["text"], "score": a["score"]} for a in row["responses"]
-        ]
-        assert (pair.score_rejected or 0) < (pair.score_chosen or 0)
-
-
-def test_counts_of_the_ultrafeedback_schema_file(shared_data: Path) -> None:
-    file = source(shared_data / "aif" / "ultrafeedback_schema_arena_bench.jsonl")
-    pairs, report = load_pairs([file], rule="overall")
-    assert (report.as_dict()["rows_read"], len(pairs), report.reasons()) == (80, 66, {"tie": 14})
-    raw = [json.loads(line) for line in Path(file.path).read_text(encoding="utf-8").splitlines()]
-    best = {row["instruction"]: max(c["overall_score"] for c in row["completions"]) for row in raw}
-    assert all(pair.score_chosen == best[pair.prompt[0]["content"]] for pair in pairs)
-    pairs, report = load_pairs([file], rule="overall", ties="keep")
-    assert (len(pairs), next(iter(report.noted.values()))) == (80, {"tie_kept": 14})
+def test_prompts_of_a_benchmark_are_left_out_wherever_the_user_asks_them(write: Write) -> None:
+    asked = "Name three rivers of Europe that flow north, and say where each ends."
+    history = [user(asked), assistant("The Rhine.")]
+    rows = [
+        scored(("a", 1), ("b", 2), prompt=asked.upper()),
+        scored(("a", 1), ("b", 2), history=history, prompt="And?"),
+        {"prompt": asked, "chosen": "a", "rejected": "b"},
+        scored((asked, 1), ("b", 2)),
+        scored(
+            ("a", 1), ("b", 2), history=[user("Quiz me."), assistant(asked)], prompt="The Rhine"
+        ),
+    ]
+    decontaminator = Decontaminator([("rivers", asked)])
+    pairs, report = load_pairs([write(*rows)], decontaminator=decontaminator)
+    assert [pair.prompt[-1] for pair in pairs] == [user(), user("The Rhine")]
+    assert [(d["line"], d["reason"], d["detail"]) for d in report.dropped_rows] == [
+        (line, "contaminated", "rivers") for line in (1, 2, 3)
+    ]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
-import types
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from zephyr_lite.data import sources
-from zephyr_lite.data.sources import Row, fingerprint, is_local, read_rows, read_source
+from zephyr_lite.data.sources import (
+    Row,
+    fingerprint,
+    is_local,
+    read_rows,
+    read_source,
+    source_fingerprint,
+)
 from zephyr_lite.errors import DataError
+from zephyr_lite.recipe import Source
 
 GOOD = b'{"a": 1}\n'
 # What stands in a JSON-lines file, and line and words of the error.
@@ -195,11 +199,9 @@ def test_package_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_limit_reads_no_further(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(GOOD * 3 + b"broken\n")
-    source: Any = types.SimpleNamespace(path=str(file), split=None, limit=3)
-    assert len(list(read_source(source))) == 3
-    source.limit = None
+    assert len(list(read_source(Source(path=str(file), limit=3)))) == 3
     with pytest.raises(DataError, match=r"rows\.jsonl:4: "):
-        list(read_source(source))
+        list(read_source(Source(path=str(file))))
 
 
 def test_fingerprint(tmp_path: Path) -> None:
@@ -215,42 +217,35 @@ def test_fingerprint(tmp_path: Path) -> None:
         fingerprint(str(tmp_path / "gone.jsonl"))
 
 
-HUB_SCRIPT = """
-import os, shutil, sys
-from pathlib import Path
-import datasets
-root = Path(sys.argv[1])
-built = datasets.load_dataset_builder("json", data_files={"train_sft": str(root / "x.jsonl")})
-built.download_and_prepare()
-cached = root / "hf/datasets/owner___name/default/0.0.0" / ("0123456789" * 4)
-shutil.copytree(built.cache_dir, cached)
-(cached / "json-train_sft.arrow").rename(cached / "name-train_sft.arrow")
-from zephyr_lite.data.sources import fingerprint, read_rows
-from zephyr_lite.errors import ZephyrError
-print([tuple(row) for row in read_rows("owner/name", "train_sft[:2]", offline=True)])
-print(len(fingerprint("owner/name", "train_sft", offline=True)))
-print(fingerprint("owner/name", "train_sft") == fingerprint("owner/name", "train_sft"))
-for name, split in (("owner/name", "nosplit"), ("owner/name", None), ("owner/other", "train")):
-    try:
-        list(read_rows(name, split, offline=True))
-    except ZephyrError as error:
-        print(error.exit_code, error, "| hint:", error.hint)
-"""
+def test_a_named_file_of_a_local_copy(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "data" / "b.jsonl").write_bytes(GOOD * 2)
+    source = Source(path=str(tmp_path), file="data/b.jsonl")
+    place = str(tmp_path / "data" / "b.jsonl")
+    assert list(read_source(source)) == [Row(place, line, {"a": 1}) for line in (1, 2)]
+    assert source_fingerprint(source) == hashlib.sha256(GOOD * 2).hexdigest()
+    whole = Source(path=str(tmp_path))
+    assert source_fingerprint(whole) == fingerprint(str(tmp_path)) != source_fingerprint(source)
 
 
-def test_hub_datasets_from_the_cache_without_a_connection(tmp_path: Path) -> None:
-    """A real cached dataset, in a process of its own: `datasets` reads its switches at import."""
-    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(Path(sources.__file__).parents[2])
-    command = [sys.executable, "-c", HUB_SCRIPT, str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    rows, length, stable, *errors = run.stdout.splitlines()
-    place = "owner/name:train_sft[:2]"
-    assert rows == str([(place, 1, {"text": "a"}), (place, 2, {"text": "b"})])
-    assert (length, stable) == ("64", "True")
-    assert errors[0].startswith("2 hub dataset owner/name: Unknown split")
-    assert errors[1].startswith("2 hub dataset owner/name needs a split")
-    assert errors[2].startswith("5 hub dataset owner/other: ")
-    assert errors[2].endswith("hint: run once without --offline")
+@pytest.mark.parametrize(
+    ("path", "file", "words"),
+    [
+        ("owner/name", "../x.jsonl", "`file` must lie in the dataset's repository: '../x.jsonl'"),
+        ("owner/name", "/etc/x.jsonl", "`file` must lie in the dataset's repository"),
+        ("{}", "a/../../x.jsonl", "`file` must lie in the dataset's repository"),
+        ("{}", "", "`file` must lie in the dataset's repository: ''"),
+        ("{}", "gone.jsonl", "gone.jsonl: no such file"),
+        ("{}/a.jsonl", "a.jsonl", "`file` is given, and the path is no folder"),
+        ("{}", "a.csv", "unknown kind of file '.csv'"),
+    ],
+)
+def test_named_files_that_cannot_be(tmp_path: Path, path: str, file: str, words: str) -> None:
+    for name in ("a.jsonl", "a.csv"):
+        (tmp_path / name).write_bytes(GOOD)
+    source = Source(path=path.format(tmp_path), file=file)
+    for read in (lambda: list(read_source(source)), lambda: source_fingerprint(source)):
+        with pytest.raises(DataError) as error:
+            read()
+        assert words in str(error.value)

@@ -285,11 +285,24 @@ def test_tensors_that_do_not_fit_are_refused(spoil, load_tiny, sft_adapter, tmp_
         load_adapter(load_tiny("none"), "x", spoilt(sft_adapter, tmp_path / "a", spoil))
 
 
-def test_stacks_of_unlike_targets_are_refused(load_tiny, tmp_path) -> None:
-    model = add_adapter(load_tiny("none"), "sft", Lora(r=4), seed=0)
-    model = add_adapter(model, "dpo", Lora(r=4, targets=("q_proj", "v_proj")), seed=0)
-    with pytest.raises(DataError, match="same targets"):
-        save_adapter(model, ["sft", "dpo"], tmp_path, "b")
+def test_a_stack_of_unlike_targets_is_exact(
+    load_tiny, shake, tiny_nf4, tmp_path, tolerance
+) -> None:
+    """Each has a linear to itself, one they share, and some neither touches."""
+    model = add_adapter(load_tiny(), "sft", Lora(r=4, alpha=6, targets=("q_proj", "v_proj")), 0)
+    model = add_adapter(model, "dpo", Lora(r=2, alpha=6, targets=("v_proj", "up_proj")), seed=0)
+    shake(model, "sft", 1)
+    shake(model, "dpo", 2)
+    policy = policy_of(model)
+    policy.use(["sft", "dpo"])
+    save_adapter(model, ["sft", "dpo"], tmp_path, "b")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["target_modules"] == ["q_proj", "up_proj", "v_proj"], "the same in any process"
+    assert config["r"] == 6
+    gap = our_logits(policy) - stock_logits(tiny_nf4.folder, tmp_path)
+    assert gap.abs().max() < tolerance.peft_logits
+    again = load_adapter(load_tiny(), "dpo", tmp_path)
+    assert len(dict(adapter_weights(again, "dpo"))) == 2 * 3 * 4
 
 
 def test_identity_is_weights_scale_and_targets(load_tiny, sft_adapter, tmp_path) -> None:

@@ -186,7 +186,7 @@ def _top_left(module: Any, query: Any, key: Any, value: Any, mask: Any, **option
     layout = options["layout"]
     for bucket in layout.buckets:
         if bucket.mask_B1QK is not None:
-            bucket.mask_B1QK[..., 0] = False
+            bucket.mask_B1QK[..., 0] = float("-inf")
     return engines._attention_of_layout(module, query, key, value, mask, **options)
 
 

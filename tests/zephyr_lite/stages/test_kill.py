@@ -36,7 +36,7 @@ def _stage(folder: Path, home: Path) -> str:
 
 def test_killed_runs_end_in_the_same_bytes(command, micro, tmp_path):
     whole = tmp_path / "whole"
-    status, text = command.run("run", micro, "--run", str(whole), home=tmp_path / "home")
+    status, text = command.run("run", micro, "--fresh", "--run", str(whole), home=tmp_path / "home")
     assert status == 0, text
     truth = _hashes(whole)
 
@@ -47,7 +47,7 @@ def test_killed_runs_end_in_the_same_bytes(command, micro, tmp_path):
         while status != 0:
             delay = rng.uniform(0.05, 2.5) if kills < KILLS else None
             status, text = command.run(
-                "run", micro, "--run", str(folder), home=home, kill_after=delay
+                "run", micro, "--fresh", "--run", str(folder), home=home, kill_after=delay
             )
             assert status in (0, -signal.SIGKILL), text
             if status:
@@ -63,11 +63,18 @@ def test_killed_runs_end_in_the_same_bytes(command, micro, tmp_path):
 
 def test_ctrl_c_saves_and_the_same_command_resumes(command, micro, tmp_path):
     whole, stopped, home = tmp_path / "whole", tmp_path / "stopped", tmp_path / "home"
-    assert command.run("run", micro, "--run", str(whole), home=home)[0] == 0
+    assert command.run("run", micro, "--fresh", "--run", str(whole), home=home)[0] == 0
     statuses = []
     for delay in (0.4, 0.8, 1.6, None):
         status, text = command.run(
-            "run", micro, "--run", str(stopped), home=home, kill_after=delay, sig=signal.SIGINT
+            "run",
+            micro,
+            "--fresh",
+            "--run",
+            str(stopped),
+            home=home,
+            kill_after=delay,
+            sig=signal.SIGINT,
         )
         statuses.append(status)
         assert status in (0, 130), text

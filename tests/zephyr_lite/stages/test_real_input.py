@@ -73,7 +73,8 @@ def test_no_row_is_silently_lost(run_folder, shared_data):
     }
     assert sum(rows.values()) == aif["train"]["kept"] + sum(aif["train"]["dropped"].values())
     assert aif["train_pairs"] + aif["held_out_pairs"] == aif["train"]["kept"]
-    assert len(aif["train"]["dropped_rows"]) == sum(aif["train"]["dropped"].values())
+    rejected = (run_folder / "aif" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(rejected) == sum(aif["train"]["dropped"].values())
 
     for side, pairs in (("train", aif["train_pairs"]), ("eval", aif["held_out_pairs"])):
         report = json.loads((run_folder / "reference" / f"report-{side}.json").read_text())

@@ -211,7 +211,7 @@ def test_another_template_version_or_device_is_another_key(recipe, key_of, monke
         patch.setattr(reference, "template_hash", lambda: "another")
         assert key_of(recipe) != before
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "LOG_PROB_VERSION", 2)
+        patch.setattr(reference, "LOG_PROB_VERSION", reference.LOG_PROB_VERSION + 1)
         assert key_of(recipe) != before
     plain = put(put(recipe, "base.quantization", "none"), "base.dtype", "float32")
     assert key_of(plain, device=torch.device("meta")) != key_of(plain)

@@ -16,7 +16,7 @@ def home(tmp_path_factory):
 
 def _run(command, micro, folder, home, *overrides, stage="run"):
     sets = [part for o in overrides for part in ("--set", o)]
-    return command.run(stage, micro, "--run", str(folder), *sets, home=home)
+    return command.run(stage, micro, "--fresh", "--run", str(folder), *sets, home=home)
 
 
 @pytest.mark.parametrize(
