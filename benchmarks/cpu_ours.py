@@ -60,7 +60,8 @@ def load_policy(case: Case, folder: Path) -> Policy:
     )
     model = load_base(BaseFiles(folder / "base", {}), base, CPU)
     model = load_adapter(model, NAME, folder / "adapter")
-    policy = make_policy(model, torch.float32, CPU, Memory(tokens_per_micro_batch=case.setting))
+    memory = Memory(tokens_per_micro_batch=case.setting)
+    policy = make_policy(model, torch.float32, CPU, memory, engine=case.engine)
     policy.use([NAME], NAME)
     return policy
 

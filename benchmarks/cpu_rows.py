@@ -3,7 +3,7 @@
 A side's rate is that of its measured steps: per step the median over rounds, summed. Step i holds
 the same examples on both sides and in every round, so nothing hangs on which step was lucky.
 CPU seconds (of all threads) stand beside wall-clock seconds: they hardly change when something else
-runs on the machine, and a row whose `load` was high at its start is to be read by them.
+runs on the machine, and a row whose `load` was high at its end is to be read by them.
 
 Memory is the process's highest resident set minus the resident set of a process that imported the
 same libraries and did nothing else, both by the kernel's count.
@@ -98,6 +98,7 @@ def _figures(
     row: dict[str, Any] = {
         "task": case.task,
         "side": case.side,
+        "engine": case.engine if case.side == "ours" else None,
         "setting": case.setting,
         "setting_is": "tokens_per_micro_batch" if case.side == "ours" else "per_device_batch",
         "options": case.options,
@@ -130,6 +131,7 @@ def _figures(
 def _compare(task: str, figures: list[dict[str, Any]]) -> dict[str, Any]:
     """The best of either side; memory against TRL's fastest setting and against its leanest."""
     ours = max((f for f in figures if f["side"] == "ours"), key=lambda f: f["tokens_per_second"])
+    others = [f for f in figures if f["side"] == "ours" and f["engine"] != ours["engine"]]
     theirs = [f for f in figures if f["side"] == "trl"]
     fastest = max(theirs, key=lambda f: f["tokens_per_second"])
     memory = "peak_rss_above_imports_gib"
@@ -137,12 +139,17 @@ def _compare(task: str, figures: list[dict[str, Any]]) -> dict[str, Any]:
         "task": task,
         "side": "ratio",
         "ours": ours["setting"],
+        "engine": ours["engine"],
         "trl": fastest["setting"],
         "speed_ratio": round(fastest["seconds"] / ours["seconds"], 3),
         "cpu_ratio": round(min(f["cpu_seconds"] for f in theirs) / ours["cpu_seconds"], 3),
         "memory_ratio": round(ours[memory] / fastest[memory], 3),
         "memory_ratio_to_leanest": round(ours[memory] / min(f[memory] for f in theirs), 3),
     }
+    if others:
+        other = min(others, key=lambda f: f["seconds"])
+        row["other_engine"] = other["engine"]
+        row["speed_ratio_to_other_engine"] = round(other["seconds"] / ours["seconds"], 3)
     if task == "dpo":
         for name, clock in (("speed", "seconds"), ("cpu", "cpu_seconds")):
             whole = f"epoch_with_reference_{clock}"
@@ -174,7 +181,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         pairs = f"{row['pairs_per_second']:.3f}" if row["task"] == "dpo" else ""
         reference = f"{row['reference_seconds']:.2f}" if row["task"] == "dpo" else ""
-        name = f"{row['task']} {row['side']} {row['setting']}"
+        name = f"{row['task']} {row['engine'] or row['side']} {row['setting']}"
         lines.append(
             f"{name:18}{pairs:>10}{row['tokens_per_second']:>10.0f}{row['cpu_seconds']:>10.2f}"
             f"{reference:>10}{row['peak_rss_gib']:>10.2f}{row['peak_rss_above_imports_gib']:>10.3f}"
@@ -187,4 +194,6 @@ def _ratios(row: dict[str, Any]) -> str:
     if row["task"] == "dpo":
         parts.append(f"{row['speed_ratio_with_reference']:.2f}x with reference")
     parts.append(f"{row['memory_ratio']:.2f}x the memory")
+    if "other_engine" in row:
+        parts.append(f"{row['speed_ratio_to_other_engine']:.2f}x {row['other_engine']}")
     return f"{row['task']}: " + ", ".join(parts)

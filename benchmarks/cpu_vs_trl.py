@@ -60,7 +60,11 @@ def make_cases(arguments: argparse.Namespace, setup: Setup) -> list[Case]:
     cases = [Case(side, "imports", threads=arguments.threads) for side in ("ours", "trl")]
     for task in arguments.tasks:
         limits["batch"] = setup.dpo_batch if task == "dpo" else setup.sft_batch
-        cases += [Case("ours", task, budget, **limits) for budget in arguments.budgets]
+        cases += [
+            Case("ours", task, budget, **limits, engine=engine)
+            for engine in arguments.engines
+            for budget in arguments.budgets
+        ]
         cases += [
             Case("trl", task, batch, **limits, options=arguments.trl) for batch in arguments.batches
         ]
@@ -105,7 +109,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps of these that do not count")
     parser.add_argument("--tasks", nargs="+", choices=("dpo", "sft"), default=["dpo", "sft"])
     parser.add_argument(
-        "--budgets", nargs="+", type=int, default=[8192], help="our tokens per micro-batch"
+        "--budgets", nargs="+", type=int, default=[2048], help="our tokens per micro-batch"
+    )
+    parser.add_argument(
+        "--engines", nargs="+", choices=("native", "hf"), default=["native", "hf"], help="ours"
     )
     parser.add_argument(
         "--batches", nargs="+", type=int, default=[1, 2], help="TRL's per-device batch sizes"

@@ -34,6 +34,7 @@ class Case:
 
     task: dpo, sft, or imports (import what the side needs, report the memory, end).
     setting: examples of one forward under TRL, tokens of one forward on our side.
+    engine: ours, `native` or `hf`; TRL has one.
     batch: pairs or packed rows of one optimizer step, the same on both sides.
     warmup: optimizer steps that are not timed. options: more arguments of TRL's config.
     """
@@ -47,12 +48,13 @@ class Case:
     threads: int = 1
     beta: float = 0.1
     learning_rate: float = 5e-5
+    engine: str = "native"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
         """Short name for tables and messages."""
-        return f"{self.task} {self.side} {self.setting}"
+        return f"{self.task} {self.engine if self.side == 'ours' else self.side} {self.setting}"
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,23 @@ def test_recipes_named_in_the_readme_exist(root):
             assert words[1] in recipe_file.built_in()
 
 
+def test_every_built_in_recipe_is_in_the_readme_s_table(root):
+    text = (root / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    assert recipe_file.built_in().keys() <= named
+
+
+def test_a_recipe_in_the_readme_is_one(root, tmp_path):
+    text = (root / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(block, encoding="utf-8")
+        recipe_file.load(file)
+
+
 @pytest.mark.parametrize("name", DOCS)
 def test_links_and_named_files_exist(root, name):
     document = root / name
@@ -55,6 +72,6 @@ def test_links_and_named_files_exist(root, name):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (document.parent / target).exists(), target
     for target in re.findall(
-        r"`((?:zephyr_lite|benchmarks|recipes|tests|kernels)/[\w./-]+)`", text
+        r"`((?:zephyr_lite|benchmarks|docs|recipes|tests|kernels)/[\w./-]+)`", text
     ):
         assert Path(root / target).exists(), target

@@ -72,12 +72,13 @@ def run(
         from zephyr_lite.stages import aif, dpo, export, sft
 
         where = ["--run", str(run_dir)] if run_dir else []
+        where += [word for text in set_field or () for word in ("--set", text)]
+        where += [] if device == "auto" else ["--device", device]
         if rehearse:
             from zephyr_lite.stages import rehearse as rehearsal
 
-            sets = [word for text in set_field or () for word in ("--set", text)]
-            chosen = [] if device == "auto" else ["--device", device]
-            words = ["zephyr-lite", "run", recipe, *where, *sets, *chosen]
+            flags = {"--offline": offline, "--fresh": fresh}
+            words = ["zephyr-lite", "run", recipe, *where, *(f for f, on in flags.items() if on)]
             rehearsal.run(ctx, shlex.join(words))
             return
         export.check_inputs(ctx)

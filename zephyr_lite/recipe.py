@@ -299,8 +299,10 @@ class Memory(Section):
     """How the work is cut to fit; never what is computed."""
 
     tokens_per_micro_batch: int = _how(2048, "Tokens of one forward and backward.", ge=8)
-    checkpointing: Literal["none", "full"] = _how(
-        "none", "`full` recomputes every layer in the backward: least memory, one more forward."
+    checkpointing: Literal["none", "full", "offload"] = _how(
+        "none",
+        "`full` computes every layer again in the backward: less memory, nearly one more forward. "
+        "`offload` (engine native) also keeps the layers' inputs in host memory.",
     )
     head_rows: int = _how(256, "Rows of logits alive at once in the head.", ge=1)
 
@@ -342,7 +344,16 @@ class Recipe(Section):
     data: Data = Field(Data(), description="Dialogues and feedback.")
     sft: Sft | None = Field(None, description="dSFT.")
     dpo: Dpo | None = Field(None, description="dDPO.")
-    engine: Literal["hf"] = Field("hf", description="What runs the layers: transformers + PEFT.")
+    engine: Literal["native", "hf"] = Field(
+        "native",
+        description="What runs the layers: our own (Mistral, Llama, Qwen2; others run on `hf`), or "
+        "transformers + PEFT as they are.",
+    )
+    kernels: Literal["auto", "require", "off"] = Field(
+        "auto",
+        description="Triton kernels of engine native: where there is a GPU; an error where they "
+        "cannot run; or plain PyTorch.",
+    )
     memory: Memory = Field(Memory(), description="How the work is cut to fit.")
     export: Export = Field(Export(), description="What is written at the end.")
     expect: dict[str, tuple[float, float]] = Field(

@@ -53,7 +53,7 @@ def toy_runs(toy_folder: Path) -> dict[Any, list[dict[str, Any]]]:
 def test_a_toy_run_writes_a_row_per_side_and_one_with_the_ratios(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     command = [sys.executable, str(BENCHMARKS / "cpu_vs_trl.py"), *TOY, "--out", str(out)]
-    command += ["--tasks", "dpo", "--batches", "2"]
+    command += ["--tasks", "dpo", "--batches", "2", "--engines", "native"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     ours, trl, ratio = (json.loads(line) for line in out.read_text().splitlines())

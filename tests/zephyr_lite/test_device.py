@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from zephyr_kernels.attention import attention
+from zephyr_kernels.linear_logprob import log_probs
+from zephyr_kernels.reference import linear_log_probs
 
 from zephyr_lite.data.layout import document_layout, pair_layout
 from zephyr_lite.model.adapters import add_adapter
-from zephyr_lite.model.attention import attention, to_device
+from zephyr_lite.model.attention import to_device
 from zephyr_lite.model.base import BaseFiles, load_base
-from zephyr_lite.model.head import log_probs, reference_log_probs
 from zephyr_lite.model.policy import make_policy, sum_by_sequence
 from zephyr_lite.recipe import Base, Lora, Memory
 from zephyr_lite.train.optimizer import make_optimizer
@@ -71,7 +73,7 @@ def test_attention_and_its_gradient_against_fp64(device, dtypes, random_pairs):
     expected.backward(up)
     for dtype in dtypes:
         mine = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
-        out = attention(*mine, to_device(layout, device), 64**-0.5)
+        out = attention(*mine, to_device(layout, device).plan, 64**-0.5)
         out.backward(up.to(device, dtype))
         bound = 1e-5 if dtype == torch.float32 else 2e-2
         for got, want in zip([out, *(x.grad for x in mine)], [expected, *(x.grad for x in truth)]):  # noqa: B905
@@ -89,7 +91,7 @@ def test_head_and_its_gradient_against_fp64(device, dtypes):
     for dtype in dtypes:
         rounded, head = hidden.to(dtype), weight.to(dtype)
         true_input = rounded.double().requires_grad_()
-        truth = reference_log_probs(true_input, head.double(), target)
+        truth = linear_log_probs(true_input, head.double(), target)
         truth.backward(up)
         mine = rounded.to(device).requires_grad_()
         got = log_probs(mine, head.to(device), target.to(device), chunk_rows=16)

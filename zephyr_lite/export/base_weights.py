@@ -20,6 +20,7 @@ from bitsandbytes.utils import unpack_tensor_to_dict
 from safetensors import SafetensorError, safe_open
 
 from zephyr_lite.errors import DataError, RecipeError, StorageError
+from zephyr_lite.model.frozen_weights import dequantised
 from zephyr_lite.storage import read_json
 
 QUANT_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
@@ -106,7 +107,10 @@ class BaseWeights:
             raise DataError(
                 f"quantisation state of {name} is damaged: {error!r}", file=self.folder
             ) from None
-        return dequantize_4bit(self._home[name].get_tensor(name), quant_state=state)
+        packed = self._home[name].get_tensor(name)
+        if state.quant_type == "nf4":  # bitsandbytes' CPU code misreads some widths
+            return dequantised(packed, state, state.dtype or torch.float32)
+        return dequantize_4bit(packed, quant_state=state)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,133 +1,83 @@
 """Engines: what runs the decoder's layers over a layout.
 
-`hf` is transformers' own modules, unchanged, fed through the public AttentionInterface: every
-decoder with one causal pattern. It is proven per model at start: two documents packed must equal
-each alone, and a shared prompt must equal two sequences; a model that fails is refused by name.
+    native    our own layers: Mistral, Llama, Qwen2                                 model/native.py
+    hf        transformers' and PEFT's modules as they are: any decoder with one    model/hf.py
+              causal attention pattern
+
+Which one a base runs on is settled from its config.json, before anything is loaded: the engine is
+part of the reference log-probs' key. Each is proven at start on the loaded model itself.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from transformers import AttentionInterface
+from transformers import AutoConfig
+from zephyr_kernels import backend
 
-from zephyr_lite.data.encoded import EncodedPair
-from zephyr_lite.data.layout import document_layout, pair_layout
 from zephyr_lite.errors import MachineError
-from zephyr_lite.model.attention import DeviceLayout, attention, to_device
+from zephyr_lite.model.attention import DeviceLayout
+from zephyr_lite.model.hf import HfEngine
+from zephyr_lite.model.layer import Saved
+from zephyr_lite.model.native import NativeEngine, refusal
 
-ATTENTION_NAME = "zephyr_layout"
-# What some models pass to their attention that changes its result: a bound or a sink of the scores.
-CHANGES_SCORES = ("softcap", "s_aux", "position_bias")
-# Relative error allowed between packed and alone: rounding, not a leak (a leak is order 1).
-SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+SAVED: dict[str, Saved] = {"none": "keep", "full": "lean", "offload": "offload"}
 
 
 class Engine(Protocol):
     """Runs the decoder; `name` goes into manifests and the reference key."""
 
     name: str
+    decoder: Any
 
     def hidden(self, layout: DeviceLayout) -> torch.Tensor:
         """Final hidden states [T, D] of a layout, normed, ready for the head."""
         ...
 
+    def predicting(self, layout: DeviceLayout) -> torch.Tensor:
+        """The same [N, D], of the rows that predict something, in the order of the targets."""
+        ...
 
-class HfEngine:
-    """transformers' modules and PEFT's adapters as they are.
+    def self_test(self, device: torch.device) -> float:
+        """Relative error against the engine's own truth. Raises: MachineError when it is wrong."""
+        ...
 
-    Args:
-        model: a causal LM of transformers, bare or inside a PeftModel.
-        checkpointing: recompute every layer in the backward.
+
+def choose(wanted: str, folder: Path) -> tuple[str, str]:
+    """The engine for a base model's folder, and why it is not the one wanted ("" when it is)."""
+    if wanted != "native":
+        return wanted, ""
+    reason = refusal(AutoConfig.from_pretrained(folder))
+    return ("hf", f"native does not run this base: {reason}") if reason else ("native", "")
+
+
+def choose_kernels(wanted: str, engine: str, device: torch.device) -> str:
+    """Switch Triton kernels on or off for this process; what computes then: `triton` or `torch`.
+
+    Args: wanted: `auto`, `require` or `off`.
+    Raises: MachineError when they are required and cannot run.
     """
-
-    name = "hf"
-
-    def __init__(self, model: Any, *, checkpointing: bool = False) -> None:
-        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        AttentionInterface.register(ATTENTION_NAME, _attention_of_layout)
-        causal_lm.set_attn_implementation(ATTENTION_NAME)
-        if checkpointing:
-            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        self.decoder: Any = causal_lm.get_decoder()
-        self._check_one_pattern(causal_lm.config)
-
-    def hidden(self, layout: DeviceLayout) -> torch.Tensor:
-        """See `Engine.hidden`."""
-        return self.decoder(
-            input_ids=layout.ids_T[None],
-            position_ids=layout.positions_T[None],
-            use_cache=False,
-            layout=layout,
-        ).last_hidden_state[0]
-
-    def self_test(self, vocab_size: int, device: torch.device) -> float:
-        """Relative error of packed against alone and of shared against separate prompts.
-
-        Raises: MachineError naming the model when the layout does not reach its attention.
-        """
-        rng = np.random.default_rng(0)
-        ids = [rng.integers(0, vocab_size, n) for n in (5, 9, 7)]
-        documents = [(i, np.zeros(len(i), bool)) for i in ids]
-        pair = EncodedPair(ids[0], ids[1], ids[2])
-        with torch.no_grad():
-            packed = self.hidden(to_device(document_layout(documents), device))
-            alone = [self.hidden(to_device(document_layout([d]), device)) for d in documents]
-            shared = self.hidden(to_device(pair_layout([pair]), device))
-            apart = self.hidden(to_device(pair_layout([pair], share_prompt=False), device))
-        error = max(
-            _relative(packed, torch.cat(alone)),
-            _relative(shared, torch.cat([apart[:14], apart[19:]])),
-        )
-        if not error <= SELF_TEST_TOLERANCE[packed.dtype]:
-            raise MachineError(
-                f"{type(self.decoder).__name__} does not keep packed documents apart "
-                f"(relative error {error:.2g})",
-                hint="engine hf takes decoders with one causal attention pattern",
-            )
-        return error
-
-    def _check_one_pattern(self, config: Any) -> None:
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if len(kinds) > 1:
-            raise MachineError(
-                f"{config.model_type}: layers with different attention patterns {sorted(kinds)} "
-                "are not supported by engine hf"
-            )
+    missing = [
+        (engine != "native", f"engine {engine} does not use them"),
+        (device.type != "cuda", "there is no GPU"),
+        (not backend.HAS_TRITON, "triton is not installed"),
+    ]
+    reasons = [reason for is_so, reason in missing if is_so]
+    if wanted == "require" and reasons:
+        raise MachineError(f"kernels: require, but {reasons[0]}", hint="set kernels=auto")
+    backend.use("torch" if wanted == "off" else "auto")
+    return "torch" if wanted == "off" or reasons else "triton"
 
 
-def _relative(x: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((x - truth).float().norm() / truth.float().norm()).item()
-
-
-def _attention_of_layout(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    layout: DeviceLayout | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature over our layout; tensors are [1, heads, T, D]."""
-    if layout is None:
-        raise MachineError(f"engine hf: {type(module).__name__} is not told about the layout")
-    for name in CHANGES_SCORES:
-        if others.get(name) is not None:
-            raise MachineError(
-                f"engine hf: {type(module).__name__} has attention scores with {name}, "
-                "which are not supported"
-            )
-    if sliding_window is not None and int(layout.positions_T.max()) >= sliding_window:
+def make_engine(name: str, model: Any, dtype: torch.dtype, checkpointing: str) -> Engine:
+    """The engine over a loaded model. Raises: MachineError when it does not run this one."""
+    if name == "native":
+        return NativeEngine(model, dtype, saved=SAVED[checkpointing])
+    if checkpointing == "offload":
         raise MachineError(
-            f"a sequence is longer than the model's attention window of {sliding_window} tokens",
-            hint="lower max_length",
+            "engine hf does not move activations to host memory",
+            hint="set memory.checkpointing=full",
         )
-    q_THD, k_TJD, v_TJD = (x[0].transpose(0, 1) for x in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(q_THD, k_TJD, v_TJD, layout, scale)[None], None
+    return HfEngine(model, checkpointing=checkpointing == "full")

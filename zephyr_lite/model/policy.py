@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from zephyr_kernels.linear_logprob import log_probs
+from zephyr_kernels.reference import linear_log_probs, logits_of
 
 from zephyr_lite.data.layout import Layout, document_layout
 from zephyr_lite.errors import MachineError
 from zephyr_lite.model.adapters import activate, set_dropout, trainable_tensors
 from zephyr_lite.model.attention import DeviceLayout, to_device
-from zephyr_lite.model.engines import HfEngine
-from zephyr_lite.model.head import log_probs, logits_of, reference_log_probs
+from zephyr_lite.model.engines import Engine, make_engine
 from zephyr_lite.recipe import Memory
 
 
@@ -28,7 +29,7 @@ class Policy:
     """
 
     model: Any
-    engine: HfEngine
+    engine: Engine
     head_VD: torch.Tensor
     device: torch.device
     dtype: torch.dtype
@@ -56,7 +57,7 @@ class Policy:
 
     def log_probs(self, layout: Layout, *, training: bool = False) -> torch.Tensor:
         """logp_N of a layout's scored tokens, fp32 nats; with gradient when `training`."""
-        moved = to_device(layout, self.device, self.dtype)
+        moved = to_device(layout, self.device)
         set_dropout(self.model, self.adapter if training else None)
         with torch.set_grad_enabled(training), self.autocast():
             return self._log_probs(moved)
@@ -69,7 +70,7 @@ class Policy:
     def next_token_log_probs(self, ids: Sequence[int]) -> torch.Tensor:
         """fp32 log-probs [len(ids), V] of the token after each position; an export equals them."""
         document = (np.array(ids, np.int64), np.zeros(len(ids), bool))
-        layout = to_device(document_layout([document]), self.device, self.dtype)
+        layout = to_device(document_layout([document]), self.device)
         set_dropout(self.model, None)
         with torch.no_grad(), self.autocast():
             hidden_TD = self.engine.hidden(layout)
@@ -77,9 +78,9 @@ class Policy:
             return logits_of(hidden_TD, self.head_VD).log_softmax(-1)
 
     def _log_probs(self, layout: DeviceLayout) -> torch.Tensor:
-        hidden_ND = self.engine.hidden(layout)[layout.rows_N]
+        hidden_ND = self.engine.predicting(layout)
         if self.head_VD.requires_grad:  # pre-training: the head learns too
-            return reference_log_probs(hidden_ND, self.head_VD, layout.targets_N)
+            return linear_log_probs(hidden_ND, self.head_VD, layout.targets_N)
         with torch.autocast(self.device.type, enabled=False):
             return log_probs(hidden_ND, self.head_VD, layout.targets_N, chunk_rows=self.chunk_rows)
 
@@ -91,22 +92,30 @@ class Policy:
 
 
 def make_policy(
-    model: Any, dtype: torch.dtype, device: torch.device, memory: Memory, self_test: bool = True
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: Memory,
+    *,
+    engine: str = "native",
+    self_test: bool = True,
 ) -> Policy:
     """Put an engine and a head on a model, and prove the engine on it.
 
-    Raises: MachineError when the model's head cannot be taken as a plain matrix.
+    Args: engine: see `engines.choose`, which says beforehand what a model can run on.
+    Raises: MachineError when the model's head cannot be taken as a plain matrix, when the engine
+        does not run this model, or when it does not compute what it should.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = causal_lm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise MachineError(f"{type(causal_lm).__name__}: the head is not a matrix without bias")
-    engine = HfEngine(model, checkpointing=memory.checkpointing == "full")
-    policy = Policy(model, engine, head.weight, device, dtype, None, memory.head_rows)
+    made = make_engine(engine, model, dtype, memory.checkpointing)
+    policy = Policy(model, made, head.weight, device, dtype, None, memory.head_rows)
     if self_test:
         set_dropout(model, None)  # noise is not a leak
         with policy.autocast():
-            engine.self_test(policy.vocab_size, device)
+            made.self_test(device)
     return policy
 
 

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from zephyr_lite.data.chat import ChatTokenizer, load_tokenizer
 from zephyr_lite.data.sources import source_fingerprint
 from zephyr_lite.model.base import BaseFiles, compute_dtype, load_base, locate, prepare
+from zephyr_lite.model.engines import choose, choose_kernels
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.model.starting_point import StartingPoint, find_start
 from zephyr_lite.recipe import Base, Recipe, Source
@@ -37,6 +38,7 @@ class Context:
     device: torch.device
     listener: Listener
     stop: Stop
+    used: dict[str, str] = field(default_factory=dict)  # engine and kernels, once there is a policy
 
     @property
     def recipe(self) -> Recipe:
@@ -107,7 +109,22 @@ class Context:
 
     def policy(self, model: Any) -> Policy:
         """A policy over a model."""
-        return make_policy(model, self.dtype, self.device, self.recipe.memory)
+        self.used = {"engine": self.engine, "kernels": self.kernels}
+        memory = self.recipe.memory
+        return make_policy(model, self.dtype, self.device, memory, engine=self.engine)
+
+    @cached_property
+    def engine(self) -> str:
+        """What runs the base: the recipe's engine, or `hf`, with a note, where it cannot."""
+        found, reason = choose(self.recipe.engine, self.base.folder)
+        if reason:
+            self.listener.note(f"engine {found}: {reason}")
+        return found
+
+    @cached_property
+    def kernels(self) -> str:
+        """What the engine's operations are computed by: `triton` or `torch`."""
+        return choose_kernels(self.recipe.kernels, self.engine, self.device)
 
     def data_fingerprints(self, *groups: Sequence[Source]) -> dict[str, str]:
         """Source -> hash of its contents, for the inputs of a stage."""
@@ -129,7 +146,7 @@ class Context:
             except PackageNotFoundError:
                 found[name] = None
         found |= {"device": str(self.device), "threads": torch.get_num_threads()}
-        found |= {"engine": self.recipe.engine, "attention": "sdpa", "dtype": str(self.dtype)}
+        found |= {"dtype": str(self.dtype)} | self.used
         if self.device.type == "cuda":
             found |= {"gpu": torch.cuda.get_device_name(self.device), "cuda": torch.version.cuda}
         return found

@@ -25,7 +25,7 @@ from zephyr_lite.stages.context import Context
 from zephyr_lite.storage import cache_folder
 
 SHARD_PAIRS = 64
-LOG_PROB_VERSION = 2  # raise when the way log-probs are computed changes
+LOG_PROB_VERSION = 3  # raise when the way log-probs are computed changes
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def set_key(ctx: Context) -> dict[str, Any]:
         "adapter": adapter_identity(parent) if parent else None,
         "template": template_hash(),
         "dtype": str(ctx.dtype),
-        "engine": ctx.recipe.engine,
+        "engine": ctx.engine,
+        "kernels": ctx.kernels,
         "gemm": "exact",
         "device": ctx.device.type,
     }

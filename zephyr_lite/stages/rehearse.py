@@ -4,9 +4,9 @@ recipe, cut to 20 steps -> base, aif, sft, reference, dpo, export, a chat turn -
 
 The rows are the first ones of each source, and a few of our own that are as long as the recipe lets
 a row be, so the largest micro-batch is rehearsed whatever the data's longest row is. The base that
-is prepared on the way stays in the cache for the run. Not covered: the rows that were not read by a
-stage (every one is parsed once, as far as time allows), memory that other programs take later, and
-whether what is learnt is any good.
+is prepared on the way stays in the cache for the run, and so do the tokens of the cut data. Not
+covered: the rows that were not read by a stage (every one is parsed once, as far as time allows),
+memory that other programs take later, and whether what is learnt is any good.
 """
 
 from __future__ import annotations

@@ -147,9 +147,13 @@ def _held_out(ctx: Context) -> Documents | None:
     split = ctx.recipe.data.dialogues
     if split is None:
         return None
-    if split.eval:
-        return _tokenise(ctx, corpus(ctx, split, "eval")).documents
-    return _load(ctx, split)[1] if split.holdout else None
+    if not split.eval:
+        return _load(ctx, split)[1] if split.holdout else None
+    found = _tokenise(ctx, corpus(ctx, split, "eval"))
+    counts = {"held_out_dialogues": len(found.documents or ())}
+    ctx.write(counts | {"eval": found.report}, "sft", "report.json")
+    write_text(ctx.run.path("sft", "rejected.jsonl"), found.rejected_of("eval"))
+    return found.documents
 
 
 def _inputs(ctx: Context, split: Dialogues) -> dict[str, Any]:

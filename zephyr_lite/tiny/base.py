@@ -77,7 +77,7 @@ def _pretrain(
     model = _fresh_model(build, tokenizer.vocab_size, seed)
     model.to(device)  # pyright: ignore[reportArgumentType] - transformers' signature hides torch's
     memory = Memory(tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH)
-    policy = make_policy(model, torch.float32, device, memory)
+    policy = make_policy(model, torch.float32, device, memory, engine="hf")  # all weights train
     rows = pack_masked(documents, build.max_length)
     Job(
         label="pre-train",

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from zephyr_kernels.attention import attention as planned
 
 from zephyr_lite.data.layout import Layout, document_layout, pair_layout
-from zephyr_lite.model.attention import attention, to_device
+from zephyr_lite.model.attention import to_device
 
 CPU = torch.device("cpu")
 WIDTH = 8
@@ -57,7 +58,7 @@ def dense(q_THD: torch.Tensor, k_TJD: torch.Tensor, v_TJD: torch.Tensor, layout:
 
 
 def run(layout: Layout, tensors: Tensors) -> torch.Tensor:
-    return attention(*tensors, to_device(layout, CPU), WIDTH**-0.5)
+    return planned(*tensors, to_device(layout, CPU).plan, WIDTH**-0.5)
 
 
 def with_gradients(forward: Callable[[Tensors], torch.Tensor], tensors: Tensors) -> Tensors:
@@ -146,10 +147,11 @@ def test_company_does_not_change_a_document() -> None:
         start += n
 
 
-def test_padding_stays_below_an_eighth() -> None:
-    """What a bucket wastes: lengths are rounded up by 12.5 % at most, beyond the shortest."""
-    for n in (64, 65, 100, 129, 200, 257, 1000, 1025, 2000):
-        (bucket,) = to_device(documents(n), CPU).buckets
-        width = bucket.query_rows_BQ.shape[1]
-        assert n <= width <= n * 1.125 + 1
-        assert bucket.mask_B1QK is None
+def test_only_short_segments_are_padded_and_by_less_than_a_step() -> None:
+    lengths = [1, 7, 8, 9, 9, 64, 65, 66, 128, 127, 129, 129, 1000, 1000]
+    plan = to_device(documents(*lengths), CPU).plan
+    alone = sorted(n for _, _, n in plan.spans)
+    assert alone == [64, 129, 129, 1000, 1000]
+    padded = sum(b.shape[0] * b.shape[1] for b in plan.batches)
+    assert padded - (sum(lengths) - sum(alone)) < 8 * (len(lengths) - len(alone))
+    assert sorted(b.shape for b in plan.batches) == [(2, 16), (2, 72), (2, 128), (3, 8)]

@@ -1,8 +1,9 @@
-"""Engine hf: packed = alone, a shared prompt = two sequences, and what it refuses."""
+"""Engines: packed = alone, a shared prompt = two sequences; what hf refuses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GptOssConfig,
@@ -23,13 +25,15 @@ from transformers import (
     StableLmConfig,
     StableLmForCausalLM,
 )
+from zephyr_kernels import backend
 
 from zephyr_lite.data.layout import Layout, document_layout, pair_layout
 from zephyr_lite.errors import MachineError
-from zephyr_lite.model import engines
+from zephyr_lite.model import hf
 from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.model.attention import to_device
-from zephyr_lite.model.engines import ATTENTION_NAME, HfEngine
+from zephyr_lite.model.engines import choose_kernels
+from zephyr_lite.model.hf import ATTENTION_NAME, HfEngine
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.recipe import Lora, Memory
 
@@ -126,6 +130,7 @@ def test_full_checkpointing_gives_the_same_gradients(stack, shake, random_pairs)
     assert all(torch.equal(g, results[1][1][n]) for n, g in results[0][1].items())
 
 
+@pytest.mark.parametrize("engine", ["hf"])
 def test_full_checkpointing_recomputes(stack, random_pairs) -> None:
     layout = pair_layout(random_pairs([(9, 4, 12)]))
     passes = {}
@@ -148,13 +153,13 @@ def test_full_checkpointing_recomputes(stack, random_pairs) -> None:
     ],
     ids=["mistral", "mistral-mha", "llama", "llama-tied"],
 )
-def test_one_document_equals_stock_transformers(config, model, changes) -> None:
+def test_one_document_equals_stock_transformers(config, model, changes, engine) -> None:
     causal_lm = small(config, model, **changes)
     ids = np.random.default_rng(0).integers(0, 96, 37)
     with torch.no_grad():
         causal_lm.set_attn_implementation("sdpa")
         theirs = causal_lm(torch.from_numpy(ids)[None]).logits[0]
-        policy = make_policy(causal_lm, torch.float32, CPU, Memory())
+        policy = make_policy(causal_lm, torch.float32, CPU, Memory(), engine=engine)
         hidden = policy.engine.hidden(to_device(one_row(ids), CPU))
         ours = hidden @ policy.head_VD.T
         steps = policy.next_token_log_probs(ids.tolist())
@@ -162,10 +167,10 @@ def test_one_document_equals_stock_transformers(config, model, changes) -> None:
     assert (steps - theirs.log_softmax(-1)).abs().max() < 1e-5
 
 
-def test_the_nf4_model_equals_stock_transformers(tiny_nf4, load_tiny) -> None:
+def test_the_nf4_model_equals_stock_transformers(tiny_nf4, load_tiny, engine) -> None:
     ids = np.random.default_rng(0).integers(0, 384, 50)
     stock = AutoModelForCausalLM.from_pretrained(tiny_nf4.folder, dtype=torch.float32).train()
-    policy = make_policy(load_tiny(), torch.float32, CPU, Memory())
+    policy = make_policy(load_tiny(), torch.float32, CPU, Memory(), engine=engine)
     with torch.no_grad():
         theirs = stock(torch.from_numpy(ids)[None]).logits[0]
         ours = policy.engine.hidden(to_device(one_row(ids), CPU)) @ policy.head_VD.T
@@ -184,23 +189,22 @@ def _plain_causal(module: Any, query: Any, key: Any, value: Any, mask: Any, **op
 def _top_left(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
     """A shared prompt of which the rejected answer sees one key less than it should."""
     layout = options["layout"]
-    for bucket in layout.buckets:
-        if bucket.mask_B1QK is not None:
-            bucket.mask_B1QK[..., 0] = float("-inf")
-    return engines._attention_of_layout(module, query, key, value, mask, **options)
+    late = [(q, n, c + 1, m - 1) for q, n, c, m in layout.plan.contexts]
+    broken = replace(layout, plan=replace(layout.plan, contexts=tuple(late)))
+    return hf._attention_of_layout(module, query, key, value, mask, **options | {"layout": broken})
 
 
 @pytest.mark.parametrize("broken", [_plain_causal, _top_left])
 def test_the_self_test_catches_a_broken_attention(broken, tiny_mistral: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_mistral, dtype=torch.float32)
     engine = HfEngine(model)
-    assert engine.self_test(384, CPU) < 1e-5
+    assert engine.self_test(CPU) < 1e-5
     AttentionInterface.register(ATTENTION_NAME, broken)
     try:
         with pytest.raises(MachineError, match="MistralModel does not keep packed documents apart"):
-            engine.self_test(384, CPU)
+            engine.self_test(CPU)
     finally:
-        AttentionInterface.register(ATTENTION_NAME, engines._attention_of_layout)
+        AttentionInterface.register(ATTENTION_NAME, hf._attention_of_layout)
 
 
 def test_the_self_test_catches_lost_positions(tiny_mistral: Path) -> None:
@@ -213,31 +217,31 @@ def test_the_self_test_catches_lost_positions(tiny_mistral: Path) -> None:
 
     engine.decoder = without_positions
     with pytest.raises(MachineError, match="apart"):
-        engine.self_test(384, CPU)
+        engine.self_test(CPU)
 
 
-def test_dropout_does_not_fail_the_self_test(load_tiny, shake) -> None:
+def test_dropout_does_not_fail_the_self_test(load_tiny, shake, engine) -> None:
     model = add_adapter(load_tiny("none"), "sft", Lora(r=4, dropout=0.5), seed=0)
     shake(model, "sft")
-    make_policy(model, torch.float32, CPU, Memory())
+    make_policy(model, torch.float32, CPU, Memory(), engine=engine)
 
 
-def test_a_window_shorter_than_a_sequence_is_refused() -> None:
+def test_a_window_shorter_than_a_sequence_is_refused(engine) -> None:
     model = small(MistralConfig, MistralForCausalLM, sliding_window=20)
-    policy = make_policy(model, torch.float32, CPU, Memory())
+    policy = make_policy(model, torch.float32, CPU, Memory(), engine=engine)
     short = [(np.arange(20), np.zeros(20, bool))] * 3
     policy.log_probs(document_layout(short))  # 60 tokens in a row, 20 in a sequence
     with pytest.raises(MachineError, match="attention window of 20 tokens"):
         policy.log_probs(one_row(np.arange(21)))
 
 
-def test_a_window_as_long_as_the_sequence_changes_nothing() -> None:
+def test_a_window_as_long_as_the_sequence_changes_nothing(engine) -> None:
     ids = np.random.default_rng(0).integers(0, 96, 20)
     model = small(MistralConfig, MistralForCausalLM, sliding_window=20)
     with torch.no_grad():
         model.set_attn_implementation("sdpa")
         theirs = model(torch.from_numpy(ids)[None]).logits[0].log_softmax(-1)
-    policy = make_policy(model, torch.float32, CPU, Memory())
+    policy = make_policy(model, torch.float32, CPU, Memory(), engine=engine)
     assert (policy.next_token_log_probs(ids.tolist()) - theirs).abs().max() < 1e-5
 
 
@@ -266,7 +270,7 @@ def test_a_model_that_attends_in_another_way_is_refused_by_name(
     config, model, changes, message
 ) -> None:
     with pytest.raises(MachineError, match=message):
-        make_policy(small(config, model, **changes), torch.float32, CPU, Memory())
+        make_policy(small(config, model, **changes), torch.float32, CPU, Memory(), engine="hf")
 
 
 def test_a_head_with_a_bias_is_refused(load_tiny: Callable) -> None:
@@ -274,3 +278,32 @@ def test_a_head_with_a_bias_is_refused(load_tiny: Callable) -> None:
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(384))
     with pytest.raises(MachineError, match="not a matrix without bias"):
         make_policy(model, torch.float32, CPU, Memory())
+
+
+def test_4_bit_rows_that_bitsandbytes_misreads_are_refused(tmp_path: Path, engine: str) -> None:
+    """Rows of 96: its CPU code takes the wrong block's scale."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    small(MistralConfig, MistralForCausalLM, sliding_window=None, **shape).save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=settings
+    )
+    with pytest.raises(MachineError, match=r"layers\.0\.mlp\.down_proj: bitsandbytes misreads"):
+        frozen = model.train().requires_grad_(False)
+        make_policy(frozen, torch.float32, CPU, Memory(), engine=engine)
+
+
+def test_kernels_that_cannot_run_are_an_error_only_where_they_are_required() -> None:
+    try:
+        for wanted in ("auto", "off"):
+            assert choose_kernels(wanted, "native", CPU) == "torch"
+        with pytest.raises(MachineError, match="kernels: require, but there is no GPU"):
+            choose_kernels("require", "native", CPU)
+        with pytest.raises(MachineError, match="engine hf does not use them"):
+            choose_kernels("require", "hf", torch.device("cuda"))
+        choose_kernels("off", "native", CPU)
+        with backend.using("triton"):
+            assert backend.runs_triton(torch.empty(1))
+        assert not backend.runs_triton(torch.empty(1))
+    finally:
+        backend.use("auto")

@@ -1,0 +1,115 @@
+"""The kernels compile for GPUs that are not here, and move 16 bytes an instruction.
+
+The interpreter knows nothing of types, layouts or vector widths. Triton compiles without a GPU, so
+the launches of a Mistral-7B layer are recorded on the meta device and compiled in a process of
+their own, since this one interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from zephyr_kernels import backend
+
+ARCHITECTURES = (86, 120)  # RTX 3090 and RTX 5090
+
+COMPILE = """
+import json, re, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from zephyr_kernels import backend, nf4, norm, rope, swiglu
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
+launches = []
+
+def record(kernel, grid, *arguments, num_warps, **constants):
+    launches.append((kernel, arguments, num_warps, constants))
+
+def source(kernel, arguments, constants):
+    # As Triton specialises a launch: on None, on 1, and on what 16 divides.
+    signature, constants, attributes = {}, dict(constants), {}
+    for i, name in enumerate(kernel.arg_names):
+        value = constants.get(name) if i >= len(arguments) else arguments[i]
+        if i >= len(arguments) or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[name] = (
+            POINTERS[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
+        )
+        if is_tensor or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attrs=attributes)
+
+for module in (nf4, norm, rope, swiglu):
+    module.launch = record
+backend.use("triton")
+torch.set_default_device("meta")
+T, D, F, R = 4096, 4096, 14336, 48
+
+def rows(width, wide=None):
+    return torch.empty(T, wide or width, dtype=torch.bfloat16)[:, :width]
+
+gain = torch.empty(D, dtype=torch.bfloat16)
+norm.rms_norm(rows(D), gain, 1e-5, rows(D, D + R))
+norm.add_rms_norm_(rows(D), rows(D), gain, 1e-5, rows(D, D + R))
+norm.rms_norm_backward_(rows(D), rows(D), gain, torch.empty(T))
+norm.rms_norm_backward_(rows(D), rows(D), gain, torch.empty(T), rows(D))
+packed = torch.empty(T, 48, 128, dtype=torch.bfloat16)
+for interleaved in (False, True):
+    rope.rotate_(packed[:, :40], torch.empty(T, 64), torch.empty(T, 64), interleaved=interleaved)
+gate_up = rows(2 * F)
+swiglu.swiglu(gate_up[:, :F], gate_up[:, F:], rows(F, F + R))
+swiglu.swiglu_backward_(rows(F), gate_up[:, :F], gate_up[:, F:])
+for absmax, nested in ((torch.empty(D * F // 64), ()), (
+    torch.empty(D * F // 64, dtype=torch.uint8), (torch.empty(256), torch.empty(D * F // 64 // 256))
+)):
+    weight = nf4.Nf4(
+        torch.empty(D * F // 2, 1, dtype=torch.uint8), absmax, *(nested or (None, None)), 0.1,
+        torch.empty(16), (D, F),
+    )
+    nf4.dequantise(weight, torch.empty(D, F + R, dtype=torch.bfloat16)[:, :F])
+
+found = []
+for kernel, arguments, num_warps, constants in launches:
+    for architecture in json.loads(sys.argv[1]):
+        compiled = triton.compile(
+            source(kernel, arguments, constants),
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": num_warps, "enable_fp_fusion": False},
+        )
+        moves = re.findall(r"(?:ld|st)[.]global[.][a-z0-9.]+", compiled.asm["ptx"])
+        fused = len(re.findall(r"fma[.]rn[.]f32", compiled.asm["ptx"]))
+        found.append((kernel.__name__, architecture, sorted(set(moves)), fused))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
+def test_every_kernel_compiles_and_moves_16_bytes_at_a_time(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps(ARCHITECTURES)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)
+    assert len(compiled) == 10 * len(ARCHITECTURES)
+    for name, architecture, moves, fused in compiled:
+        where = f"{name} on sm{architecture}: {moves}"
+        assert "st.global.v4.b32" in moves, where
+        # What is left in single words: a row's rstd, NF4's table and its bytes, four at a time.
+        assert set(moves) <= {
+            "ld.global.v4.b32", "st.global.v4.b32", "ld.global.b32", "st.global.b32",
+            *(["ld.global.b8"] if name == "dequantise_kernel" else []),
+        }, where  # fmt: skip
+        assert not fused, f"{where}: {fused} fused multiply-adds"
