@@ -153,7 +153,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (dy_UD,) = grads
+        dy_UD = grads[0].contiguous()
         layer, call, stacks = ctx.layer, ctx.call, ctx.stacks
         x_TD = ctx.saved_tensors[0] if ctx.host is None else ctx.host.to(dy_UD.device)
         if ctx.kept is None:

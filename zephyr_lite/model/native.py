@@ -55,8 +55,6 @@ class NativeEngine:
         self.gain_D = self.decoder.norm.weight.detach().to(dtype)
         self.eps = float(self.decoder.norm.variance_epsilon)
         self.window = getattr(self.decoder.config, "sliding_window", None)
-        if not getattr(self.decoder.config, "use_sliding_window", True):
-            self.window = None
 
     def hidden(self, layout: DeviceLayout) -> torch.Tensor:
         """Final hidden states [T, D] of every row, normed."""
