@@ -106,8 +106,8 @@ class Bench:
 
     def release(self) -> None:
         """Give cached device memory back, so that one case does not starve the next."""
-        gc.collect()
         if self.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     # ---- time

@@ -134,6 +134,7 @@ class Ledger:
     def __init__(self, path: Path, machine: dict[str, Any]) -> None:
         self.path, self.machine = path, machine
         self._present: set[str] = set()
+        self._tried: dict[str, str] = {}  # newest date of a case's rows, whatever they say
         for batch in _group_batches(load_rows(path)):
             self._learn(batch)
 
@@ -146,6 +147,7 @@ class Ledger:
     def _learn(self, batch: list[dict[str, Any]]) -> None:
         """A case is done when its newest batch is whole and holds no `wrong` and no `error`."""
         identity = self._identity(batch[0])
+        self._tried[identity] = max(self._tried.get(identity, ""), batch[0]["date"])
         is_whole = len(batch) == batch[0]["rows"]
         if is_whole and all(row["status"] in DONE for row in batch):
             self._present.add(identity)
@@ -162,6 +164,10 @@ class Ledger:
         if part.by_commit and (commit == "unknown" or commit.endswith("+dirty")):
             return False
         return self._identity({**self._stamp(part, case), **self.machine}) in self._present
+
+    def tried(self, part: Part, case: dict[str, Any]) -> str:
+        """Date of the case's newest rows on this machine, "" where it has none."""
+        return self._tried.get(self._identity({**self._stamp(part, case), **self.machine}), "")
 
     def append(self, part: Part, case: dict[str, Any], measures: list[Measure]) -> None:
         """Write all rows of one case in one go. Raises: ValueError for a figure not finite."""

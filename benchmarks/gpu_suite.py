@@ -12,6 +12,7 @@ results. Exit code 1 if anything failed or was wrong; see README.md for the part
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import signal
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -32,6 +34,11 @@ PARTS = (
     "suite",
     "tiny",
     "machine",
+    "kernels_correct",
+    "kernels_speed",
+    "kernels_gemm",
+    "steps_sft",
+    "steps_dpo",
     "fp16acc",
     "augmented_k",
     "attention_packed",
@@ -42,7 +49,12 @@ PARTS = (
     "fragmentation",
 )
 RESULTS = REPO / "benchmarks" / "results"
+DEVICE_LOST = 3  # a worker's exit code: its process cannot use the device any more
 GRACE_SECONDS = 45  # a case begun before the deadline may end after it; a hung one is killed then
+
+
+class DeviceLost(Exception):
+    """After an illegal access every later call of the process fails; a fresh process works."""
 
 
 def say(text: str) -> None:
@@ -67,13 +79,19 @@ def show(part: Part, case: dict[str, object], measure: Measure) -> None:
     say(f"{part.name}  {where}  {measure.metric}  {value}  {rates}{state}")
 
 
-def run_part(name: str, bench: Bench, ledger: Ledger) -> bool:
-    """Measure every case of a part that has no rows yet. Returns whether all went well."""
+def run_part(name: str, bench: Bench, ledger: Ledger, since: str = "") -> bool:
+    """Measure every case of a part that has no rows yet. Returns whether all went well.
+
+    since: a date; cases that were tried after it are passed over, whatever came of them.
+    Raises: DeviceLost, when a row says so.
+    """
     part, module = load_part(name)
+    if bench.on_gpu:  # what the libraries hold for good, no case's collection need look at
+        gc.freeze()
     ran = skipped = 0
     went_well = True
     for case in module.cases(bench):
-        if ledger.has(part, case.shape):
+        if ledger.has(part, case.shape) or (since and ledger.tried(part, case.shape) >= since):
             skipped += 1
             continue
         if bench.seconds_left() <= 0:
@@ -85,7 +103,7 @@ def run_part(name: str, bench: Bench, ledger: Ledger) -> bool:
         went_well &= all(measure.status in DONE for measure in measures)
         if not is_alive(bench):
             report(part, {}, [failed("part", "the device stopped answering")], ledger)
-            return False
+            raise DeviceLost
     say(f"{name}: {ran} cases measured, {skipped} present")
     return went_well
 
@@ -119,21 +137,41 @@ def report(part: Part, case: dict[str, object], measures: list[Measure], ledger:
 
 
 def run_apart(name: str, arguments: argparse.Namespace, ledger: Ledger) -> bool:
-    """Run a part in its own process: a crash, a hang or a leak ends there, memory starts clean."""
+    """Run a part in its own process: a crash, a hang or a leak ends there, memory starts clean.
+
+    A process that lost the device is followed by another, which passes over what was tried, as
+    long as each one adds rows and there is time.
+    """
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    deadline = time.monotonic() + arguments.minutes * 60
+    went_well = True
+    while True:
+        before = ledger.path.stat().st_size if ledger.path.exists() else 0
+        minutes = (deadline - time.monotonic()) / 60
+        code, reason = run_worker(name, arguments, ledger, minutes, [] if went_well else [since])
+        went_well &= code == 0
+        if code not in (0, 1, DEVICE_LOST):  # at these the worker has written a row itself
+            report(load_part(name)[0], {}, [failed("part", reason)], ledger)
+        has_grown = ledger.path.exists() and ledger.path.stat().st_size > before
+        if code != DEVICE_LOST or not has_grown or time.monotonic() > deadline:
+            return went_well
+
+
+def run_worker(
+    name: str, arguments: argparse.Namespace, ledger: Ledger, minutes: float, since: list[str]
+) -> tuple[int | None, str]:
+    """Exit code of one process over a part, None where it was killed; and that in words."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--only", name]
-    command += ["--out", str(ledger.path), "--minutes", str(arguments.minutes)]
-    command += ["--device", arguments.device]
+    command += ["--out", str(ledger.path), "--minutes", str(minutes)]
+    command += ["--device", arguments.device, *(f"--since={date}" for date in since)]
     child = subprocess.Popen(command)
     try:
-        code = child.wait(timeout=arguments.minutes * 60 + GRACE_SECONDS)
-        reason = f"the part's process ended with code {code}"
+        code = child.wait(timeout=minutes * 60 + GRACE_SECONDS)
+        return code, f"the part's process ended with code {code}"
     except subprocess.TimeoutExpired:
-        code, reason = None, f"killed: still running {GRACE_SECONDS} s past its limit"
+        return None, f"killed: still running {GRACE_SECONDS} s past its limit"
     finally:
         stop(child)
-    if code not in (0, 1):  # 1: the worker has written the row of what went wrong itself
-        report(load_part(name)[0], {}, [failed("part", reason)], ledger)
-    return code == 0
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
@@ -153,10 +191,15 @@ def leave(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def run_here(name: str, bench: Bench, ledger: Ledger) -> bool:
-    """Run a part in this process; a part that fails before its first case gets a row as well."""
+def run_here(name: str, bench: Bench, ledger: Ledger, since: str) -> bool:
+    """Run a part in this process; a part that fails before its first case gets a row as well.
+
+    Raises: DeviceLost, as `run_part` does.
+    """
     try:
-        return run_part(name, bench, ledger)
+        return run_part(name, bench, ledger, since)
+    except DeviceLost:
+        raise
     except Exception as error:
         traceback.print_exc()
         reason = failed("part", f"{type(error).__name__}: {error}")
@@ -193,6 +236,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit of each part")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--since", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -203,7 +247,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the chosen parts. Returns the exit code: 0, or 1 if a row is `error` or `wrong`."""
+    """Run the chosen parts. Returns the exit code: 0, 1 if a row is `error` or `wrong`, or 3 where
+    the device was lost to this process."""
     arguments = parse(argv)
     if arguments.list:
         for name in PARTS:
@@ -218,7 +263,10 @@ def main(argv: list[str] | None = None) -> int:
         deadline = time.monotonic() + arguments.minutes * 60
         if arguments.toy or arguments.worker:
             bench = Bench(device, toy=arguments.toy, deadline=deadline)
-            went_well = run_here(name, bench, ledger)
+            try:
+                went_well = run_here(name, bench, ledger, arguments.since)
+            except DeviceLost:
+                return DEVICE_LOST
         else:
             went_well = run_apart(name, arguments, ledger)
         failures += [] if went_well else [name]

@@ -2,8 +2,10 @@
 
 GeForce cards run fp16 products with fp16 sums at twice the bf16 rate. Whether that is usable
 depends on how the unit rounds its sums: to nearest, the error is in the class of bf16's; by
-truncation it is 5-16 %. Rows are scaled by a power of two to a largest magnitude of 8, as a
-training kernel would do it. Gate: error within twice bf16's, else no speed; 1.35x to be worth it.
+truncation it is 5-16 %. Both are simulated beside the measurement, the sum rounded once every 16
+products as the matrix unit does it, for each K that a 7B has. Rows are scaled by a power of two to
+a largest magnitude of 8, as a training kernel would do it. Gate: error within twice bf16's, else no
+speed; 1.35x to be worth it.
 """
 
 from __future__ import annotations
@@ -15,13 +17,21 @@ import torch
 from gpu_bench import Bench, Case, Check
 from gpu_rows import Measure, Part, absent, figure
 
-PART = Part("fp16acc", 1, "fp16 sums: rounded to nearest, and how fast against bf16?")
+PART = Part("fp16acc", 2, "fp16 sums: rounded to nearest, error per K, speed against bf16?")
 SHAPES = ((4096, 4096, 4096), (4096, 28672, 4096), (4096, 4096, 14336))  # T, N, K
+# Reductions of a 7B: attention's and the feed-forward's inputs, and their outputs backward.
+REDUCTIONS = (256, 1024, 4096, 6144, 14336, 28672)
 ROW_MAX = 8.0
+DEPTH = 16  # products that the unit sums before it rounds
+SIMULATED = 64  # rows and columns of a simulation
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """Three linears of a 7B at 4096 tokens; plain inputs and inputs with four loud channels."""
+    """Errors by K, then three linears of a 7B at 4096 tokens; without and with loud channels."""
+    for channels in ("plain", "outliers"):
+        for inputs in bench.pick(REDUCTIONS, (256,)):
+            shape = {"tokens": 512, "outputs": 512, "inputs": inputs, "channels": channels}
+            yield Case({"errors": True, **shape}, lambda s=shape: _errors(bench, s))
     for tokens, outputs, inputs in bench.pick(SHAPES, ((16, 32, 128),)):
         for channels in ("plain", "outliers"):
             shape = {"tokens": tokens, "outputs": outputs, "inputs": inputs, "channels": channels}
@@ -32,6 +42,22 @@ def scale_rows(x_TK: torch.Tensor) -> torch.Tensor:
     """fp16 rows whose largest magnitude is in (4, 8], by powers of two: no digit is lost."""
     largest_T1 = x_TK.abs().amax(dim=1, keepdim=True).float()
     return (x_TK.float() * torch.exp2(torch.floor(torch.log2(ROW_MAX / largest_T1)))).half()
+
+
+def sum_in_fp16(x_TK: torch.Tensor, weight_NK: torch.Tensor, *, truncate: bool) -> torch.Tensor:
+    """What a unit gives that keeps its sums in fp16: exact over 16 products, then rounded.
+
+    truncate: towards zero, as some units do, and not to nearest.
+    """
+    total_TN = torch.zeros(len(x_TK), len(weight_NK), dtype=torch.float16, device=x_TK.device)
+    pieces = zip(x_TK.double().split(DEPTH, 1), weight_NK.double().split(DEPTH, 1), strict=True)
+    for x_TC, weight_NC in pieces:
+        exact_TN = total_TN.double() + x_TC @ weight_NC.T
+        total_TN = exact_TN.half()
+        if truncate:  # one step down in magnitude is one less in the bits, whatever the sign
+            beyond_TN = total_TN.double().abs() > exact_TN.abs()
+            total_TN = (total_TN.view(torch.int16) - beyond_TN.short()).view(torch.float16)
+    return total_TN
 
 
 def _set_fp16_sums(enabled: bool | str) -> bool | str:
@@ -61,31 +87,66 @@ def _bias(bench: Bench, inputs: int) -> Measure:
     return figure("bias_of_positive_sums", "%", 100 * bias)
 
 
-def _measure(bench: Bench, shape: dict[str, Any]) -> Iterator[Measure]:
+def _missing(bench: Bench) -> Measure | None:
+    """Why nothing can be measured here, as a row."""
+    if not bench.on_gpu:
+        return absent("fp16_fp16_sums", "not measured: a CPU has no such switch; simulated only")
     if not hasattr(torch.backends.cuda.matmul, "allow_fp16_accumulation"):
-        yield absent("fp16_fp16_sums", f"torch {torch.__version__} has no such switch")
-        return
+        return absent("fp16_fp16_sums", f"torch {torch.__version__} has no such switch")
+    return None
+
+
+def _operands(bench: Bench, shape: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and weights in bf16."""
     tokens, outputs, inputs = (shape[key] for key in ("tokens", "outputs", "inputs"))
     x_TK = bench.randn(tokens, inputs)
     if shape["channels"] == "outliers":
         x_TK[:, :4] *= 30
-    weight_NK = bench.randn(outputs, inputs, std=0.02)
+    return x_TK, bench.randn(outputs, inputs, std=0.02)
+
+
+def _errors(bench: Bench, shape: dict[str, Any]) -> Iterator[Measure]:
+    """Errors of one K: bf16, fp16 with fp32 sums, both simulations, and the card's own."""
+    some = slice(0, SIMULATED)
+    x_TK, weight_NK = _operands(bench, shape)
+    x16, weight16 = scale_rows(x_TK), weight_NK.half()
+    bf16 = _error((x_TK @ weight_NK.T)[some], x_TK[some], weight_NK)
+    yield figure("relative_error_bf16", "1", bf16)
+    fp16 = _error((x16 @ weight16.T)[some], x16[some], weight16)
+    yield figure("relative_error_fp16", "1", fp16, times_bf16=fp16 / bf16)
+    for name, truncate in (("nearest", False), ("truncated", True)):
+        out = sum_in_fp16(x16[some], weight16[some], truncate=truncate)
+        error = _error(out, x16[some], weight16[some])
+        yield figure(f"relative_error_simulated_{name}", "1", error, times_bf16=error / bf16)
+    if missing := _missing(bench):
+        yield missing
+        return
+    error = _error(_with_fp16_sums(x16, weight16)[some], x16[some], weight16)
+    yield figure("relative_error_fp16_fp16_sums", "1", error, times_bf16=error / bf16)
+
+
+def _measure(bench: Bench, shape: dict[str, Any]) -> Iterator[Measure]:
+    tokens, outputs, inputs = (shape[key] for key in ("tokens", "outputs", "inputs"))
+    x_TK, weight_NK = _operands(bench, shape)
     x16, weight16 = scale_rows(x_TK), weight_NK.half()
     rows = slice(0, 64)
     exact = _error((x_TK @ weight_NK.T)[rows], x_TK[rows], weight_NK)
     fp16 = _error((x16 @ weight16.T)[rows], x16[rows], weight16)
-    check = Check(_error(_with_fp16_sums(x16, weight16)[rows], x16[rows], weight16), 2 * exact)
     yield figure("relative_error_bf16", "1", exact)
     yield figure("relative_error_fp16", "1", fp16)
-    yield _bias(bench, inputs)
     variants = {"bf16": lambda: x_TK @ weight_NK.T, "fp16": lambda: x16 @ weight16.T}
-    if check.is_right:
-        yield check.measure("relative_error_fp16_fp16_sums")
-        variants["fp16_fp16_sums"] = lambda: _with_fp16_sums(x16, weight16)
+    if missing := _missing(bench):
+        yield missing
     else:
-        # A card that truncates is an answer (the mode is refused there), not a broken suite.
-        reason = f"refused: error {check.error:.3e} > {check.bound:.3e}, twice bf16's"
-        yield absent("fp16_fp16_sums", reason)
+        yield _bias(bench, inputs)
+        check = Check(_error(_with_fp16_sums(x16, weight16)[rows], x16[rows], weight16), 2 * exact)
+        if check.is_right:
+            yield check.measure("relative_error_fp16_fp16_sums")
+            variants["fp16_fp16_sums"] = lambda: _with_fp16_sums(x16, weight16)
+        else:
+            # A card that truncates is an answer (the mode is refused there), not a broken suite.
+            reason = f"refused: error {check.error:.3e} > {check.bound:.3e}, twice bf16's"
+            yield absent("fp16_fp16_sums", reason)
     timings = bench.race(variants)
     for name, timing in timings.items():
         ratio = timings["bf16"].p50_ms / timing.p50_ms

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -16,9 +17,14 @@ import torch
 
 REPO = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPO / "benchmarks"
-# Parts that ask torch and bitsandbytes; `suite` and `tiny` start this project's own commands.
+# All but `suite` and `tiny`, which start this project's own commands.
 STAND_ALONE = [
     "machine",
+    "kernels_correct",
+    "kernels_speed",
+    "kernels_gemm",
+    "steps_sft",
+    "steps_dpo",
     "fp16acc",
     "augmented_k",
     "attention_packed",
@@ -51,7 +57,10 @@ def toy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gpu") / "rows.jsonl"
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu"]
     command += ["--out", str(path), "--only", *STAND_ALONE]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=120, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return path
 

@@ -1,0 +1,146 @@
+"""The model of a step benchmark, and how a case asks it to train: engine, policy, memory cap.
+
+The base is random NF4 (gpu_model.py), built once for all cases of a part. A cap limits what this
+process may reserve, as a smaller card would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu_bench import Bench
+from gpu_model import MISTRAL_7B, TOY, Geometry, build_model, compute_dtype
+from gpu_roofline import Adapters, Recomputed
+
+from zephyr_lite.model import frozen_weights
+from zephyr_lite.model.adapters import add_adapter
+from zephyr_lite.model.policy import Policy, make_policy
+from zephyr_lite.recipe import Lora, Memory, Training
+from zephyr_lite.train.objectives import Objective
+
+GIB = 2**30
+HEAD_ROWS = 1024  # as the 7B recipes have it
+RECOMPUTED: dict[tuple[str, str], Recomputed] = {
+    ("native", "full"): "all but down_proj",
+    ("native", "offload"): "all but down_proj",
+    ("hf", "full"): "all",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One case. cap_gib: what the process may reserve, None for all; tokens: of a micro-batch."""
+
+    cap_gib: float | None
+    engine: str
+    checkpointing: str
+    tokens: int
+    dropout: float = 0.0
+
+    @property
+    def recomputed(self) -> Recomputed:
+        """What the policy computes a second time."""
+        return RECOMPUTED.get((self.engine, self.checkpointing), "nothing")
+
+    @property
+    def is_profiled(self) -> bool:
+        """Whether a slow step's profile is worth its seconds: ours, where nothing is recomputed."""
+        return self.engine == "native" and self.checkpointing == "none"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained. settings: how to train; unit: what an example is called in rates."""
+
+    name: str
+    unit: str
+    adapters: dict[str, int]  # name -> rank; the last one trains, the others are frozen beside it
+    settings: Training
+    make_objective: Callable[[Setting], Objective]
+
+    @property
+    def trained(self) -> str:
+        """The adapter that trains."""
+        return list(self.adapters)[-1]
+
+    @property
+    def ranks(self) -> Adapters:
+        """As the roofline counts them."""
+        *frozen, trained = self.adapters.values()
+        return Adapters(trained, sum(frozen))
+
+
+class Rig:
+    """The model of a part, built at the first case that is measured.
+
+    Args: task; geometry; warmup and steps: optimizer steps not timed and timed.
+    """
+
+    def __init__(self, bench: Bench, task: Task, geometry: Geometry) -> None:
+        self.bench, self.task, self.geometry = bench, task, geometry
+        self.warmup, self.steps = bench.pick((2, 6), (1, 2))
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """The base with all adapters, their B not 0."""
+        if self._model is None:
+            # The ceilings first: their matrices need room that a cap may not leave.
+            _ = self.bench.matmul_tflops, self.bench.copy_gb_per_s
+            model = build_model(self.bench, self.geometry)
+            for name, rank in self.task.adapters.items():
+                rate = 0.05 if name == self.task.trained else 0.0
+                lora = Lora(r=rank, alpha=rank, dropout=rate)
+                model = add_adapter(model, name, lora, seed=1)
+            for name, parameter in model.named_parameters():
+                if ".lora_B." in name:
+                    parameter.data.normal_(std=0.002)
+            self._model = model
+        return self._model
+
+    def policy(self, setting: Setting) -> Policy:
+        """A policy of this setting over the one model; dropout is a number that modules read."""
+        model = self.model
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = setting.dropout
+        model.get_base_model().gradient_checkpointing_disable()
+        memory = Memory.model_validate(
+            {
+                "tokens_per_micro_batch": setting.tokens,
+                "checkpointing": setting.checkpointing,
+                "head_rows": HEAD_ROWS,
+            }
+        )
+        dtype, device = compute_dtype(self.bench), self.bench.device
+        # Proven once, by the case of its own: not again for each setting.
+        made = make_policy(model, dtype, device, memory, engine=setting.engine, self_test=False)
+        made.use(list(self.task.adapters), self.task.trained)
+        return made
+
+    def release(self) -> None:
+        """Between cases: gradients, and the buffer that the engine keeps for the process."""
+        if self._model is not None:
+            self._model.zero_grad(set_to_none=True)
+        frozen_weights._scratch.clear()
+        self.bench.release()
+
+    def cap(self, gib: float | None) -> None:
+        """Limit what this process may reserve. A CPU has no such limit."""
+        if self.bench.on_gpu:
+            total = torch.cuda.get_device_properties(self.bench.device).total_memory
+            share = 1.0 if gib is None else min(1.0, gib * GIB / total)
+            torch.cuda.set_per_process_memory_fraction(share)
+
+
+def geometry_of(bench: Bench) -> Geometry:
+    """Mistral-7B, or a toy."""
+    return bench.pick(MISTRAL_7B, TOY)
+
+
+def optimizer_of(bench: Bench) -> str:
+    """8-bit AdamW, nothing paged; on a CPU torch's own."""
+    return "adamw_8bit" if bench.on_gpu else "adamw"
