@@ -38,8 +38,10 @@ class Varlen:
 
 
 def takes(x: torch.Tensor) -> bool:
-    """Whether flash attention computes in this dtype on this GPU (Ampere and later)."""
+    """Whether flash attention computes such heads on this GPU (Ampere and later)."""
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if x.shape[-1] > 256 or x.shape[-1] % 8:
         return False
     return torch.cuda.get_device_capability(x.device)[0] >= 8
 
