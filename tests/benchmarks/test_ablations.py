@@ -21,7 +21,7 @@ from zephyr_lite.tiny.world import STYLES, TOPICS, VALUES, answer
 REPO = Path(__file__).resolve().parents[2]
 TOY = (
     *(f"{part}.max_steps=1" for part in ("base.build", "sft", "dpo")),
-    *("base.build.hidden_size=32", "base.build.layers=1", "base.build.limit=20"),
+    *("base.build.hidden_size=64", "base.build.layers=1", "base.build.limit=20"),
     *("data.dialogues.train.limit=20", "data.dialogues.eval.limit=5"),
     *("data.feedback.train.limit=10", "data.feedback.eval.limit=5", "export.questions=null"),
 )
