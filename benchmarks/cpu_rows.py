@@ -138,9 +138,9 @@ def _compare(task: str, figures: list[dict[str, Any]]) -> dict[str, Any]:
     row = {
         "task": task,
         "side": "ratio",
-        "ours": ours["setting"],
         "engine": ours["engine"],
-        "trl": fastest["setting"],
+        "setting": ours["setting"],
+        "trl_setting": fastest["setting"],
         "speed_ratio": round(fastest["seconds"] / ours["seconds"], 3),
         "cpu_ratio": round(min(f["cpu_seconds"] for f in theirs) / ours["cpu_seconds"], 3),
         "memory_ratio": round(ours[memory] / fastest[memory], 3),

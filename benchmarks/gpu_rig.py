@@ -15,7 +15,6 @@ from gpu_bench import Bench
 from gpu_model import MISTRAL_7B, TOY, Geometry, build_model, compute_dtype
 from gpu_roofline import Adapters, Recomputed
 
-from zephyr_lite.model import frozen_weights
 from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.recipe import Lora, Memory, Training
@@ -122,10 +121,9 @@ class Rig:
         return made
 
     def release(self) -> None:
-        """Between cases: gradients, and the buffer that the engine keeps for the process."""
+        """Between cases: gradients; the engine's buffers go with it."""
         if self._model is not None:
             self._model.zero_grad(set_to_none=True)
-        frozen_weights._scratch.clear()
         self.bench.release()
 
     def cap(self, gib: float | None) -> None:

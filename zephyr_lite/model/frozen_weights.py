@@ -2,8 +2,9 @@
 
 Plain weights are laid below each other once, and the modules' parameters become views of that, so
 that nothing is held twice and every other user of the modules sees what it saw. NF4 weights are
-dequantised for each use into one buffer that all groups of a device share; a CPU, which has the
-room and not the bandwidth, keeps what it dequantised.
+dequantised into a slot that the same group of every layer shares, and stay there until another
+layer's come: what a layer computes again in its backward is not dequantised again for it. A CPU,
+which has the room and not the bandwidth, keeps all that it dequantised.
 """
 
 from __future__ import annotations
@@ -16,17 +17,40 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from zephyr_kernels.nf4 import Nf4, dequantise
 
-_scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+class Slot:
+    """A buffer for the dense weights of one group at a time, which it remembers."""
+
+    def __init__(self) -> None:
+        self.buffer: torch.Tensor | None = None
+        self.holder: FrozenWeight | None = None
+
+    def fill(self, frozen: FrozenWeight) -> torch.Tensor:
+        """The weights of `frozen` [O, I], dequantised unless they are what lies here."""
+        size = frozen.shape[0] * frozen.shape[1]
+        if self.buffer is None or self.buffer.numel() < size:
+            self.buffer = torch.empty(size, dtype=frozen.dtype, device=frozen.device)
+            self.holder = None
+        weight_OI = self.buffer[:size].view(frozen.shape)
+        if self.holder is not frozen:
+            frozen.dequantise(weight_OI)
+            self.holder = frozen
+        return weight_OI
 
 
 class FrozenWeight:
-    """W [O, I] and bias [O] (or None) of linears that read the same input, below each other."""
+    """W [O, I] and bias [O] (or None) of linears that read the same input, below each other.
 
-    def __init__(self, linears: Sequence[Any], dtype: torch.dtype) -> None:
+    slot: where a quantised base's weights are dequantised to; its own by default.
+    """
+
+    def __init__(
+        self, linears: Sequence[Any], dtype: torch.dtype, slot: Slot | None = None
+    ) -> None:
         device = linears[0].weight.device
         widths = [int(x.out_features) for x in linears]
         self.shape = (sum(widths), int(linears[0].in_features))
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.slot = dtype, device, slot or Slot()
         self.bias_O = _join_biases(linears, widths, dtype)
         self.dense_OI: torch.Tensor | None = None
         self.packed: tuple[Nf4, ...] = ()
@@ -35,19 +59,13 @@ class FrozenWeight:
         else:
             self.packed = tuple(_nf4(x.weight.detach(), x.weight.quant_state) for x in linears)
             if device.type == "cpu":
-                self.dense_OI = self._dequantise(torch.empty(self.shape, dtype=dtype))
+                self.dense_OI = self.dequantise(torch.empty(self.shape, dtype=dtype))
 
     def weight(self) -> torch.Tensor:
-        """W [O, I]; of a quantised base it holds until another group asks for its own."""
-        if self.dense_OI is not None:
-            return self.dense_OI
-        key = (self.device, self.dtype)
-        size = self.shape[0] * self.shape[1]
-        if key not in _scratch or _scratch[key].numel() < size:
-            _scratch[key] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self._dequantise(_scratch[key][:size].view(self.shape))
+        """W [O, I], to be read only; in a slot it holds until another group of it asks."""
+        return self.slot.fill(self) if self.dense_OI is None else self.dense_OI
 
-    def _dequantise(self, out_OI: torch.Tensor) -> torch.Tensor:
+    def dequantise(self, out_OI: torch.Tensor) -> torch.Tensor:
         """Straight to the compute dtype. bitsandbytes' state names the dtype of the weights it was
         given; its own forward does not round to that either."""
         row = 0

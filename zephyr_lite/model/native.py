@@ -17,6 +17,7 @@ from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.layout import pair_layout
 from zephyr_lite.errors import MachineError
 from zephyr_lite.model.attention import DeviceLayout, to_device
+from zephyr_lite.model.frozen_weights import Slot
 from zephyr_lite.model.hf import HfEngine
 from zephyr_lite.model.layer import Call, Layer, Saved, run
 from zephyr_lite.model.projections import Group
@@ -51,7 +52,8 @@ class NativeEngine:
             raise MachineError(f"engine native does not run this model: {reason}")
         self.dtype = dtype
         self.saved: Saved = saved
-        self.layers = [_read(layer, dtype) for layer in self.decoder.layers]
+        slots = {name: Slot() for name in ("qkv", "o", "gate_up", "down")}
+        self.layers = [_read(layer, dtype, slots) for layer in self.decoder.layers]
         self.gain_D = self.decoder.norm.weight.detach().to(dtype)
         self.eps = float(self.decoder.norm.variance_epsilon)
         self.window = getattr(self.decoder.config, "sliding_window", None)
@@ -148,22 +150,23 @@ def _norm(x_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
     return result
 
 
-def _read(layer: Any, dtype: torch.dtype) -> Layer:
+def _read(layer: Any, dtype: torch.dtype, slots: dict[str, Slot]) -> Layer:
     """One layer of the model in our terms."""
     attention, mlp = layer.self_attn, layer.mlp
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     if norms[0].variance_epsilon != norms[1].variance_epsilon:
         raise MachineError("engine native: a layer's two norms differ in epsilon")
     width = int(attention.head_dim)
-    qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+    inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+    qkv = Group(inputs, dtype, slots["qkv"])
     return Layer(
         norm_attention=norms[0].weight.detach().to(dtype),
         norm_mlp=norms[1].weight.detach().to(dtype),
         eps=float(norms[0].variance_epsilon),
         qkv=qkv,
-        o=Group([attention.o_proj], dtype),
-        gate_up=Group([mlp.gate_proj, mlp.up_proj], dtype),
-        down=Group([mlp.down_proj], dtype),
+        o=Group([attention.o_proj], dtype, slots["o"]),
+        gate_up=Group([mlp.gate_proj, mlp.up_proj], dtype, slots["gate_up"]),
+        down=Group([mlp.down_proj], dtype, slots["down"]),
         heads=qkv.widths[0] // width,
         kv_heads=qkv.widths[1] // width,
         head_width=width,

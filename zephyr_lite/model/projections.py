@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from zephyr_kernels.lora import Dropout, Span, a_backward, input_backward_, rank_backward, shrink
 
-from zephyr_lite.model.frozen_weights import FrozenWeight
+from zephyr_lite.model.frozen_weights import FrozenWeight, Slot
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,20 @@ class Part:
 
 
 class Group:
-    """Projections with one input. `modules` are PEFT's LoRA layers, or plain linears."""
+    """Projections with one input.
 
-    def __init__(self, modules: Sequence[Any], dtype: torch.dtype) -> None:
+    Args:
+        modules: PEFT's LoRA layers, or plain linears.
+        slot: see `FrozenWeight`.
+    """
+
+    def __init__(
+        self, modules: Sequence[Any], dtype: torch.dtype, slot: Slot | None = None
+    ) -> None:
         self.modules, self.dtype = tuple(modules), dtype
         bases = [getattr(m, "base_layer", m) for m in modules]
         self.widths = tuple(int(b.out_features) for b in bases)
-        self.frozen = FrozenWeight(bases, dtype)
+        self.frozen = FrozenWeight(bases, dtype, slot)
 
     @property
     def parts(self) -> tuple[Part, ...]:

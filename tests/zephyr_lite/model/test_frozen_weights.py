@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from zephyr_lite.data.layout import pair_layout
-from zephyr_lite.model import frozen_weights
 from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.model.attention import to_device
-from zephyr_lite.model.frozen_weights import FrozenWeight, dequantised, is_misread
+from zephyr_lite.model.frozen_weights import FrozenWeight, Slot, dequantised, is_misread
 from zephyr_lite.model.layer import Saved
 from zephyr_lite.model.native import NativeEngine
 from zephyr_lite.recipe import Lora
@@ -156,57 +155,63 @@ def test_a_weight_that_bitsandbytes_misreads_is_known(nested: bool) -> None:
     assert is_misread(linear)
 
 
+def as_on_a_gpu(frozen: FrozenWeight) -> None:
+    """Make a frozen weight dequantise into its slot, as it does where memory is dear."""
+    frozen.dense_OI = None
+
+
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[FrozenWeight, list[Any]], None]:
-    """Make a frozen weight dequantise for each use, as it does where memory is dear."""
-    monkeypatch.setattr(frozen_weights, "_scratch", {})
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of weights whenever a group is dequantised."""
+    seen: list[int] = []
+    dequantise = FrozenWeight.dequantise
 
-    def change(frozen: FrozenWeight, linears: list[Any]) -> None:
-        frozen.dense_OI = None
-        parts = [(x.weight.detach(), x.weight.quant_state) for x in linears]
-        frozen.packed = tuple(frozen_weights._nf4(*part) for part in parts)
+    def counted(frozen: FrozenWeight, out_OI: torch.Tensor) -> torch.Tensor:
+        seen.append(out_OI.numel())
+        return dequantise(frozen, out_OI)
 
-    return change
+    monkeypatch.setattr(FrozenWeight, "dequantise", counted)
+    return seen
 
 
-def test_all_groups_share_one_buffer(as_on_a_gpu: Callable) -> None:
+def test_a_slot_dequantises_when_another_asks_and_only_then(calls: list[int]) -> None:
+    slot = Slot()
     small, large = (
-        quantised(*shapes, nested=True, dtype=torch.float32)
+        FrozenWeight(quantised(*shapes, nested=True, dtype=torch.float32), torch.float32, slot)
         for shapes in (((5, 64), (7, 64)), ((30, 64), (50, 64), (20, 64)))
     )
-    groups = [(FrozenWeight(m, torch.float32), m) for m in (small, large)]
-    truths = [frozen.weight() for frozen, _ in groups]
-    for frozen, linears in groups:
-        as_on_a_gpu(frozen, linears)
-    for at in (0, 1, 0, 1):
-        frozen = groups[at][0]
+    truths = {frozen: frozen.weight() for frozen in (small, large)}
+    for frozen in truths:
+        as_on_a_gpu(frozen)
+    calls.clear()
+    for frozen in (small, small, large, large, small, large):
         found = frozen.weight()
-        assert torch.equal(found, truths[at]) and found.is_contiguous()
-    buffer = frozen_weights._scratch[CPU, torch.float32]
-    assert len(frozen_weights._scratch) == 1 and buffer.numel() == 100 * 64
-    assert groups[0][0].weight().untyped_storage().data_ptr() == buffer.data_ptr()
+        assert torch.equal(found, truths[frozen]) and found.is_contiguous()
+    assert calls == [12 * 64, 100 * 64, 12 * 64, 100 * 64]
+    assert slot.buffer is not None and slot.buffer.numel() == 100 * 64
+    assert large.weight().untyped_storage().data_ptr() == slot.buffer.data_ptr()
 
 
 @pytest.mark.parametrize("saved", ["keep", "lean", "offload"])
 def test_no_layer_reads_a_weight_that_another_overwrote(
-    saved: Saved,
-    load_tiny: Callable,
-    shake: Callable,
-    random_pairs: Callable,
-    as_on_a_gpu: Callable,
+    saved: Saved, load_tiny: Callable, shake: Callable, random_pairs: Callable, calls: list[int]
 ) -> None:
-    """With one buffer for all groups, a weight held over another's use would be a wrong one."""
+    """And each weight is dequantised twice a step: what is computed again shares the backward's."""
     layout = to_device(pair_layout(random_pairs([(9, 4, 12), (3, 6, 5)])), CPU)
     results = []
-    for shares_buffer in (False, True):
+    for shares in (False, True):
         model = add_adapter(load_tiny(), "dpo", Lora(r=4), seed=0)
         shake(model, "dpo")
         engine = NativeEngine(model, torch.float32, saved=saved)
-        if shares_buffer:
+        if shares:
             for group in (g for layer in engine.layers for g in layer.groups):
-                as_on_a_gpu(group.frozen, [m.base_layer for m in group.modules])
+                as_on_a_gpu(group.frozen)
+        calls.clear()
         hidden = engine.predicting(layout)
         leaves = [p for p in model.parameters() if p.requires_grad]
         results.append([hidden, *torch.autograd.grad(hidden.square().sum(), leaves)])
-    assert len(frozen_weights._scratch) == 1
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    # The last layer's lie there still when its backward begins; the first has no use for q, k and
+    # v in it, unless it computes them again.
+    layers = len(engine.layers)
+    assert len(calls) == 2 * 4 * layers - 4 - (saved == "keep")
