@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from zephyr_kernels.attention import Segment
+from zephyr_kernels.segments import Segment
 
 
 @dataclass(frozen=True)

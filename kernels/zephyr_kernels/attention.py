@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from zephyr_kernels import _flash, reference
+from zephyr_kernels.segments import Segment
 
 # Segments shorter than this are gathered into padded batches, for a call costs as much as they do.
 SHORT = 128
@@ -40,22 +41,6 @@ LENGTH_STEP = 8
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Spans of one segment, in tokens.
-
-    q_start, q_len: its queries, among the U. k_start: where its own keys begin, among the T; they
-    end with its last query's token. lead: own keys before the first query. c_start, c_len: context.
-    """
-
-    q_start: int
-    q_len: int
-    k_start: int
-    lead: int = 0
-    c_start: int = 0
-    c_len: int = 0
 
 
 @dataclass(frozen=True)

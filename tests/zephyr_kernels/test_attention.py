@@ -13,12 +13,12 @@ from zephyr_kernels.attention import (
     LENGTH_STEP,
     SHORT,
     Plan,
-    Segment,
     attention,
     backward_,
     forward,
     make_plan,
 )
+from zephyr_kernels.segments import Segment
 
 WIDTH = 16
 SCALE = WIDTH**-0.5

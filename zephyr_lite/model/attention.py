@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from zephyr_kernels.attention import Plan, Segment, make_plan
+from zephyr_kernels.attention import Plan, make_plan
+from zephyr_kernels.segments import Segment
 
 from zephyr_lite.data.layout import Layout
 
