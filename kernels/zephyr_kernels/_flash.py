@@ -36,12 +36,15 @@ class Varlen:
 
 
 def takes(x: torch.Tensor) -> bool:
+    """Whether flash attention computes these heads where they lie."""
+    return x.is_cuda and computes(x.device, x.dtype, x.shape[-1])
+
+
+def computes(gpu: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Whether flash attention computes such heads on this GPU (Ampere and later)."""
-    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or head_width > 256 or head_width % 8:
         return False
-    if x.shape[-1] > 256 or x.shape[-1] % 8:
-        return False
-    return torch.cuda.get_device_capability(x.device)[0] >= 8
+    return torch.cuda.get_device_capability(gpu)[0] >= 8
 
 
 def plan(segments: Sequence[Segment], n_keys: int, device: torch.device) -> Varlen:

@@ -126,6 +126,11 @@ def _batch(members: list[tuple[int, int, int]], width: int, device: torch.device
     return Batch((len(members), width), *(x.to(device) for x in tensors))
 
 
+def has_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether a kernel computes such heads there; the definition does where none can."""
+    return device.type == "cpu" or _flash.computes(device, dtype, head_width)
+
+
 def attention(
     q_UHD: torch.Tensor, k_TJD: torch.Tensor, v_TJD: torch.Tensor, plan: Plan, scale: float
 ) -> torch.Tensor:

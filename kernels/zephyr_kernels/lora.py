@@ -76,7 +76,7 @@ def shrink(x_TI: torch.Tensor, a_RI: torch.Tensor, spans: Sequence[Span] = ()) -
     """
     if not spans:
         return torch.mm(x_TI, a_RI.T)
-    if _is_fused(x_TI):
+    if runs_triton(x_TI):
         return _launch_shrink(x_TI, a_RI, spans)
     return reference.shrink(x_TI, a_RI, spans)
 
@@ -89,7 +89,7 @@ def rank_backward(
     One read of dY by Triton where that moves fewer bytes than cuBLAS' two, which is at small ranks.
     Raises: ValueError if rows are not contiguous.
     """
-    if db and _is_fused(dy_TN) and _one_read_pays(dy_TN, b_NR.shape[1]):
+    if db and runs_triton(dy_TN) and _one_read_pays(dy_TN, b_NR.shape[1]):
         return _launch_rank_backward(dy_TN, s_TR, b_NR)
     return reference.rank_backward(dy_TN, s_TR, b_NR, db)
 
@@ -99,7 +99,7 @@ def a_backward(ds_TR: torch.Tensor, x_TI: torch.Tensor, spans: Sequence[Span] = 
 
     Args and errors as of `shrink`.
     """
-    if spans and _is_fused(x_TI):
+    if spans and runs_triton(x_TI):
         return _launch_a_backward(ds_TR, x_TI, spans)
     return reference.a_backward(ds_TR, x_TI, spans)
 
@@ -113,7 +113,7 @@ def input_backward_(
     """
     if not spans:
         dx_TI.addmm_(ds_TR, a_RI)
-    elif _is_fused(dx_TI):
+    elif runs_triton(dx_TI):
         _launch_input_backward(dx_TI, ds_TR, a_RI, spans)
     else:
         reference.input_backward_(dx_TI, ds_TR, a_RI, spans)
@@ -139,10 +139,6 @@ def _join(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- launchers
-
-
-def _is_fused(x: torch.Tensor) -> bool:
-    return runs_triton(x) and x.dtype != torch.float64
 
 
 def _launch_shrink(x_TI: torch.Tensor, a_RI: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from zephyr_kernels.attention import (
     attention,
     backward_,
     forward,
+    has_kernel,
     make_plan,
 )
 from zephyr_kernels.segments import Segment
@@ -298,6 +299,18 @@ def test_a_prompt_is_copied_once_an_answer() -> None:
     copies = torch.bincount(varlen.key_rows, minlength=23)
     assert copies.tolist() == [4] * 7 + [1] * 16
     assert (varlen.longest_q, varlen.longest_k) == (11, 16)
+
+
+def test_where_a_kernel_computes_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision, heads of 8 to 256 in steps of 8, Ampere and later; a CPU has one for all."""
+    gpu = torch.device("cuda")
+    for major, wanted in ((8, True), (7, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, at=major: (at, 0))
+        assert has_kernel(gpu, torch.bfloat16, 128) == wanted
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert not any(has_kernel(gpu, torch.bfloat16, width) for width in (4, 100, 264))
+    assert not has_kernel(gpu, torch.float32, 128)
+    assert has_kernel(torch.device("cpu"), torch.float32, 100)
 
 
 def test_flash_takes_half_precision_on_a_gpu_only() -> None:

@@ -230,6 +230,11 @@ def accept_model(source: Path, key: str) -> None:
             f"{key} brings code of its own (auto_map); that is never executed",
             hint="use a model whose class transformers ships",
         )
+    if (kind := config.get("model_type")) not in transformers.CONFIG_MAPPING:
+        raise RecipeError(
+            f"{key} has model type {kind!r}, unknown to transformers {transformers.__version__}",
+            hint="use a model whose class transformers ships",
+        )
     stored_quantization(config, key)
     if not _weights(source):
         raise RecipeError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from zephyr_kernels.attention import has_kernel
 from zephyr_kernels.linear_logprob import log_probs
 from zephyr_kernels.reference import linear_log_probs, logits_of
 
@@ -45,6 +46,14 @@ class Policy:
     def max_positions(self) -> int:
         """Context length that the base was trained for, tokens."""
         return int(self.engine.decoder.config.max_position_embeddings)
+
+    @property
+    def attention(self) -> str:
+        """What computes attention: `flash`, or `dense` where the GPU has no such kernel."""
+        config = self.engine.decoder.config
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        return "flash" if has_kernel(self.device, self.dtype, width) else "dense"
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Name -> parameter of everything that trains; all fp32."""

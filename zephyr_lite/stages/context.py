@@ -109,9 +109,15 @@ class Context:
 
     def policy(self, model: Any) -> Policy:
         """A policy over a model."""
-        self.used = {"engine": self.engine, "kernels": self.kernels}
-        memory = self.recipe.memory
-        return make_policy(model, self.dtype, self.device, memory, engine=self.engine)
+        kernels, memory = self.kernels, self.recipe.memory
+        policy = make_policy(model, self.dtype, self.device, memory, engine=self.engine)
+        if policy.attention == "dense" and "attention" not in self.used:
+            self.listener.note(
+                f"attention: this GPU has no flash kernel for {self.dtype}; "
+                "the plain definition computes, slower and in memory quadratic in a row's tokens"
+            )
+        self.used = {"engine": self.engine, "kernels": kernels, "attention": policy.attention}
+        return policy
 
     @cached_property
     def engine(self) -> str:

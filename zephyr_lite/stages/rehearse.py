@@ -213,20 +213,19 @@ def _scratch(note: Callable[[str], None]) -> Iterator[Path]:
     except OSError as error:
         hint = "TMPDIR names another place"
         raise StorageError(f"no scratch folder: {error.strerror or error}", hint=hint) from error
-    keep = False
+    ended = False
     try:
         yield folder
+        ended = True
     except (Stopped, Interrupted) as error:
+        ended = True
         code = error.exit_code if isinstance(error, Stopped) else error.stopped.exit_code
         raise Stopped("rehearsal stopped; nothing of it is kept", exit_code=code) from error
-    except Exception:
-        keep = True
-        raise
     finally:
-        if keep:
-            note(f"the rehearsal failed; what it wrote is kept in {folder}")
-        else:
+        if ended:
             shutil.rmtree(folder, ignore_errors=True)
+        else:
+            note(f"the rehearsal failed; what it wrote is kept in {folder}")
 
 
 # ---------------------------------------------------------------- the stages

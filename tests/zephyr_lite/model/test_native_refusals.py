@@ -12,10 +12,11 @@ from random_bases import ADAPTERS, BASES, CPU, SHAPE, documents, pairs, policy_o
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from zephyr_kernels import attention
 
-from zephyr_lite.errors import MachineError
+from zephyr_lite.errors import MachineError, RecipeError
 from zephyr_lite.model import layer as layer_module
 from zephyr_lite.model import native
 from zephyr_lite.model.adapters import set_dropout
+from zephyr_lite.model.base import accept_model
 from zephyr_lite.model.engines import SAVED, choose, make_engine
 from zephyr_lite.model.native import NativeEngine, refusal
 
@@ -177,3 +178,9 @@ def test_the_self_test_draws_no_dropout_and_passes_in_bf16() -> None:
             parameter.data = parameter.data.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert 0 < NativeEngine(model, torch.bfloat16).self_test(CPU) < 2e-2
+
+
+def test_a_model_type_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "newllm"}')
+    with pytest.raises(RecipeError, match="base has model type 'newllm', unknown to transformers"):
+        accept_model(tmp_path, "base")
