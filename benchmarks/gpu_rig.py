@@ -16,6 +16,7 @@ from gpu_model import MISTRAL_7B, TOY, Geometry, build_model, compute_dtype
 from gpu_roofline import Adapters, Recomputed
 
 from zephyr_lite.model.adapters import add_adapter
+from zephyr_lite.model.frozen_weights import Gemm
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.recipe import Lora, Memory, Training
 from zephyr_lite.train.objectives import Objective
@@ -38,6 +39,7 @@ class Setting:
     checkpointing: str
     tokens: int
     dropout: float = 0.0
+    gemm: Gemm = "exact"
 
     @property
     def recomputed(self) -> Recomputed:
@@ -116,7 +118,10 @@ class Rig:
         )
         dtype, device = compute_dtype(self.bench), self.bench.device
         # Proven once, by the case of its own: not again for each setting.
-        made = make_policy(model, dtype, device, memory, engine=setting.engine, self_test=False)
+        made = make_policy(
+            model, dtype, device, memory,
+            engine=setting.engine, gemm=setting.gemm, self_test=False,
+        )  # fmt: skip
         made.use(list(self.task.adapters), self.task.trained)
         return made
 

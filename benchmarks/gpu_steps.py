@@ -25,10 +25,13 @@ from torch.profiler import ProfilerActivity, profile
 from zephyr_lite.data.layout import Order
 from zephyr_lite.errors import MachineError
 from zephyr_lite.model.adapters import set_dropout
+from zephyr_lite.model.engines import choose_gemm
+from zephyr_lite.model.gemm_probe import probe
+from zephyr_lite.model.policy import Policy
 from zephyr_lite.stopping import Stop
 from zephyr_lite.train.loop import Job
+from zephyr_lite.train.masters import make_masters
 from zephyr_lite.train.objectives import MicroBatch
-from zephyr_lite.train.optimizer import make_optimizer
 
 PROFILE_BELOW = 70.0  # percent of the roofline
 PROFILE_LINES = 12
@@ -65,6 +68,8 @@ def _measure(rig: Rig, setting: Setting) -> list[Measure]:
         return list(_train(rig, setting))
     except torch.OutOfMemoryError as error:
         reason = f"out of memory: {error}"
+    except _NotHere as refusal:
+        reason = str(refusal)
     finally:
         rig.cap(None)
     # Behind the except block: the exception's traceback held the step's tensors.
@@ -74,11 +79,11 @@ def _measure(rig: Rig, setting: Setting) -> list[Measure]:
 
 def _train(rig: Rig, setting: Setting) -> Iterator[Measure]:
     bench, task = rig.bench, rig.task
-    policy = rig.policy(setting)
+    policy = _policy(rig, setting)
     objective = task.make_objective(setting)
     order = Order(objective.n_examples, task.settings.batch_size, 1000, 0, None)
     parameters = policy.trainable()
-    optimizer = make_optimizer(task.settings, parameters)
+    masters = make_masters(task.settings, parameters, "device", policy.dtype)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             task.name, policy, objective, task.settings, Path(folder), 0, _Quiet(), Stop(), dict
@@ -88,7 +93,7 @@ def _train(rig: Rig, setting: Setting) -> Iterator[Measure]:
             """Seconds of one step of the loop; `run` would also write checkpoints."""
             bench.synchronize()
             began = time.perf_counter()
-            job._step(number, order, parameters, optimizer)
+            job._step(number, order, parameters, masters)
             bench.synchronize()
             return time.perf_counter() - began
 
@@ -104,6 +109,25 @@ def _train(rig: Rig, setting: Setting) -> Iterator[Measure]:
         if row.derived["percent_of_roofline"] < PROFILE_BELOW and setting.is_profiled:
             # Where the profiler is refused the card's counters, the step's rows still count.
             yield bench.probe("profile", lambda: _profile(bench, lambda: step(timed[-1])))
+
+
+class _NotHere(Exception):
+    """This machine refuses the setting."""
+
+
+def _policy(rig: Rig, setting: Setting) -> Policy:
+    """The rig's, its `gemm` asked of this card as a training asks it.
+
+    Raises: _NotHere with the refusal.
+    """
+    try:
+        choose_gemm(setting.gemm, setting.engine, rig.bench.device)
+        policy = rig.policy(setting)
+        if setting.gemm != "exact":
+            probe(policy.engine, setting.tokens)
+    except MachineError as refusal:
+        raise _NotHere(str(refusal)) from None
+    return policy
 
 
 def _row(rig: Rig, setting: Setting, seconds: list[float], work: list[list[MicroBatch]]) -> Measure:

@@ -16,17 +16,22 @@ import pytest
 # From the roof down; a unit may import what stands on a lower storey, and itself.
 STOREYS = (
     ("cli",),
+    ("session",),
     ("stages",),
     ("evaluate", "report", "export", "tiny"),
     ("train",),
     ("plan",),
     ("model",),
     ("data",),
-    ("recipe", "recipe_file", "run", "storage", "stopping", "errors"),
+    ("recipe", "recipe_file", "recipe_schema", "run", "storage", "stopping", "errors"),
 )
 LEVEL = {unit: level for level, units in enumerate(reversed(STOREYS)) for unit in units}
 GROUND = 0  # its units may import errors, and these each other
-ON_GROUND = {"recipe_file": {"recipe"}, "run": {"recipe", "storage", "stopping"}}
+ON_GROUND = {
+    "recipe_file": {"recipe"},
+    "recipe_schema": {"recipe"},
+    "run": {"recipe", "storage", "stopping"},
+}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import importlib
-import logging
-import operator
 import os
 import shlex
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from zephyr_lite import __version__
-from zephyr_lite.errors import MachineError, RecipeError, Stopped, StorageError, ZephyrError
+from zephyr_lite.errors import RecipeError, Stopped, StorageError, ZephyrError
+from zephyr_lite.session import (
+    as_ours,
+    check_choice,
+    choose_device,
+    opened,
+    prepare_libraries,
+    stay_offline,
+    watching,
+)
 from zephyr_lite.stopping import Interrupted, Stop
-
-if TYPE_CHECKING:
-    from zephyr_lite.recipe import Recipe
-    from zephyr_lite.stages.context import Context
-
-SMALL_BYTES = 2 << 30  # weights that a CPU can train in hours
 
 app = typer.Typer(
     help="Zephyr on one GPU you own: dSFT, AI feedback, dDPO and GGUF export from one recipe.",
@@ -65,7 +64,7 @@ def run(
 ) -> None:  # fmt: skip
     """Do every stage that is not done yet, from base model to GGUF."""
     began = time.monotonic()
-    with _context(
+    with opened(
         recipe, run_dir, set_field, json, quiet, offline, device,
         needs="sft or dpo", writes=not rehearse, reuse=not fresh,
     ) as ctx:  # fmt: skip
@@ -139,22 +138,84 @@ def dpo(
 def export(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write GGUF (always done).")] = True,
-    quant: Annotated[list[str] | None, typer.Option("--quant", help="f32, f16 or q8_0.")] = None,
+    quant: Annotated[
+        list[str] | None, typer.Option("--quant", help="q4_k_m, q8_0, f16, ...; repeatable.")
+    ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Also merged safetensors.")] = False,
+    w4a16: Annotated[bool, typer.Option("--w4a16", help="Also 4 bits for vLLM.")] = False,
+    lora: Annotated[bool, typer.Option("--lora-gguf", help="Also the adapter alone.")] = False,
+    base_weights: Annotated[
+        str | None, typer.Option("--base-weights", help="Fold into nf4 or original.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare each GGUF with the model.")] = True,
+    ollama: Annotated[bool, typer.Option("--ollama", help="Also run `ollama create`.")] = False,
     stage: Annotated[str | None, typer.Option("--stage", help="dpo or sft.")] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option("--adapter", metavar="DIR", help="Not a run's: any PEFT adapter; repeatable."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Its base: folder or hub id [what it names].")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where its files go.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="FILE", help="Its template; or zephyr.")
+    ] = None,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
 ) -> None:  # fmt: skip
     """Fold the adapter in, write GGUF, compare it in llama.cpp."""
-    _check_choice("--stage", stage, (None, "dpo", "sft"))
-    overrides = list(set_field or [])
-    if quant:
-        overrides.append(f"export.quants=[{', '.join(quant)}]")
-    if merged:
-        overrides.append("export.merged=true")
-    with _context(recipe, run_dir, overrides, json, quiet, offline, device, must_exist=True) as ctx:
+    check_choice("--stage", stage, (None, "dpo", "sft"))
+    settings: dict[str, object] = {"quants": f"[{', '.join(quant)}]"} if quant else {}
+    flags = {"merged": merged, "w4a16": w4a16, "lora_gguf": lora, "verify": not verify}
+    settings |= {name: name != "verify" for name, is_given in flags.items() if is_given}
+    settings |= {"base_weights": base_weights} if base_weights else {}
+    overrides = [*(set_field or ()), *(f"export.{k}={v}" for k, v in settings.items())]
+    if adapter or base or out or template:
+        if run_dir or stage:
+            raise RecipeError("--run and --stage name a run's adapter: leave them or --adapter out")
+        _export_adapters(
+            adapter, base, out, template, recipe, overrides, json, quiet, offline, device, ollama
+        )
+        return
+    with opened(recipe, run_dir, overrides, json, quiet, offline, device, must_exist=True) as ctx:
         from zephyr_lite.stages import export as work
 
-        work.run(ctx, stage)
+        work.run(ctx, stage, to_ollama=ollama)
+
+
+def _export_adapters(
+    adapters: list[Path] | None, base: str | None, out: Path | None, template: str | None,
+    recipe: str, overrides: list[str], json: bool, quiet: bool, offline: bool, device: str,
+    to_ollama: bool,
+) -> None:  # fmt: skip
+    """Export adapters that are no run's, by the `export` section of a recipe."""
+    if not (adapters and out):
+        raise RecipeError(
+            "an adapter that is not a run's needs --adapter and --out",
+            hint="zephyr-lite export --adapter DIR --out DIR [--base BASE] [--quant TYPE]",
+        )
+    check_choice("--device", device, ("auto", "cuda", "cpu"))
+    from zephyr_lite import recipe_file
+
+    settings = recipe_file.load(recipe, tuple(overrides)).export
+    if offline:
+        stay_offline()
+    chosen = choose_device(device, needs_gpu=False)
+    import torch
+
+    from zephyr_lite.stages import export_adapter
+
+    listener, stop = watching(json, quiet), Stop()
+    request = export_adapter.Request(tuple(adapters), base, out, settings, template)
+    with stop.installed():
+        try:
+            export_adapter.run(
+                request, torch.device(chosen), listener, offline=offline, to_ollama=to_ollama
+            )
+        finally:
+            listener.end()
 
 
 @app.command()
@@ -167,8 +228,8 @@ def chat(
     offline: Offline = False, device: Device = "auto",
 ) -> None:  # fmt: skip
     """Talk to the exported file, or to a stage with --stage."""
-    _check_choice("--stage", stage, (None, "dpo", "sft", "base"))
-    with _context(
+    check_choice("--stage", stage, (None, "dpo", "sft", "base"))
+    with opened(
         recipe, run_dir, set_field, False, True, offline, device,
         must_exist=True, writes=False, trains=False,
     ) as ctx:  # fmt: skip
@@ -228,7 +289,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     import json
 
-    from zephyr_lite.recipe import json_schema
+    from zephyr_lite.recipe_schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=1))
 
@@ -261,7 +322,7 @@ def _do(
     set_field: list[str] | None, json: bool, quiet: bool, offline: bool, device: str, fresh: bool,
 ) -> None:  # fmt: skip
     """Run some stages, each unless it is done, in this order."""
-    with _context(
+    with opened(
         recipe, run_dir, set_field, json, quiet, offline, device, needs=needs, reuse=not fresh
     ) as ctx:
         modules = [importlib.import_module(f"zephyr_lite.stages.{name}") for name in stages]
@@ -272,108 +333,6 @@ def _do(
             module.run(ctx)
 
 
-@contextmanager
-def _context(
-    name: str, run_dir: Path | None, overrides: list[str] | None,
-    json: bool, quiet: bool, offline: bool, device: str,
-    *, needs: str | None = None, must_exist: bool = False,
-    writes: bool = True, trains: bool = True, reuse: bool = False,
-) -> Iterator[Context]:  # fmt: skip
-    """Recipe, run folder, device, signals and progress of one command.
-
-    Args:
-        needs: a section that the recipe must have, or several joined by " or ".
-        must_exist: the run folder must be there already.
-        writes: False looks only: it takes no lock.
-        trains: a large base needs a GPU.
-        reuse: stages that a run beside this one finished are taken over.
-    """
-    from zephyr_lite import recipe_file
-    from zephyr_lite.run import Run, default_folder
-
-    _check_choice("--device", device, ("auto", "cuda", "cpu"))
-    recipe = recipe_file.load(name, tuple(overrides or ()))
-    if needs:
-        _check_section(recipe, needs)
-    folder = run_dir or default_folder(recipe)
-    if must_exist and not folder.is_dir():
-        raise RecipeError(f"{folder} does not exist", hint=f"zephyr-lite run {name}")
-    if offline:
-        _stay_offline()
-    chosen = _choose_device(device, needs_gpu=trains and _needs_gpu(recipe))
-    import torch
-
-    from zephyr_lite.report.progress import JsonProgress, QuietProgress, TerminalProgress
-    from zephyr_lite.stages.context import Context
-
-    listener = JsonProgress() if json else QuietProgress() if quiet else TerminalProgress()
-    stop = Stop()
-    with stop.installed(), Run(recipe, folder, offline, writes, reuse, listener.note) as run:
-        try:
-            yield Context(run, torch.device(chosen), listener, stop)
-        finally:
-            listener.end()
-
-
-def _prepare_libraries() -> None:
-    """What must stand before torch and bitsandbytes are imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while being imported
-    if not Path("/dev/nvidia0").exists():
-        # Spinning OpenMP threads make a shared CPU several times slower; a user's choice stands.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _choose_device(asked: str, *, needs_gpu: bool) -> str:
-    """`cuda` or `cpu`. Raises: MachineError where a GPU is needed or asked for and is not there."""
-    has_gpu = False
-    if asked != "cpu":
-        import torch
-
-        has_gpu = torch.cuda.is_available()
-    if asked == "cuda" and not has_gpu:
-        raise MachineError("--device cuda: torch sees no CUDA GPU here")
-    if asked == "auto" and not has_gpu and needs_gpu:
-        raise MachineError(
-            "no CUDA GPU here, and this recipe trains a full-size model",
-            hint="zephyr-lite run tiny needs none; --device cpu insists",
-        )
-    return "cuda" if has_gpu else "cpu"
-
-
-def _needs_gpu(recipe: Recipe) -> bool:
-    """Whether the model is too large for a CPU: on the hub, or a folder of large weights."""
-    start = recipe.sft.start if recipe.sft else None
-    if start and Path(start).expanduser().is_dir() and _is_large(start):
-        return True
-    return recipe.base.build is None and _is_large(recipe.base.model)
-
-
-def _is_large(model: str) -> bool:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return sum(f.stat().st_size for f in folder.glob("*.safetensors")) > SMALL_BYTES
-    return not model.startswith((".", "/", "~"))
-
-
-def _stay_offline() -> None:
-    """The libraries read these when they are imported."""
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        os.environ[name] = "1"
-
-
-def _check_choice(option: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-    if value not in choices:
-        names = ", ".join(choice for choice in choices if choice)
-        raise RecipeError(f"{option} {value}: must be one of {names}")
-
-
-def _check_section(recipe: Recipe, needs: str) -> None:
-    if all(operator.attrgetter(key)(recipe) is None for key in needs.split(" or ")):
-        raise RecipeError(f"recipe {recipe.name} has no section {needs}: there is nothing to do")
-
-
 def main(arguments: list[str] | None = None, invoke: Callable[..., object] = app) -> None:
     """Entry point: an error becomes one line, a hint and an exit code, never a traceback.
 
@@ -381,40 +340,18 @@ def main(arguments: list[str] | None = None, invoke: Callable[..., object] = app
     """
     stop = Stop()
     try:
-        _prepare_libraries()
+        prepare_libraries()
         with stop.installed():
             invoke(arguments)
     except (Exception, KeyboardInterrupt, Interrupted) as error:
         if os.environ.get("ZEPHYR_LITE_DEBUG") == "1":
             traceback.print_exception(error)
-        ours = error if isinstance(error, ZephyrError) else _as_ours(error, stop.requested)
+        ours = error if isinstance(error, ZephyrError) else as_ours(error, stop.requested)
         label = "stopped" if isinstance(ours, Stopped) else "error"
         print(f"{label}: {ours}", file=sys.stderr)
         if ours.hint:
             print(f"hint: {ours.hint}", file=sys.stderr)
         sys.exit(ours.exit_code)
-
-
-def _as_ours(error: BaseException, signalled: int | None) -> ZephyrError:
-    """What Python or a library raised, in our family: a signal, memory, I/O, else a bug."""
-    if isinstance(error, KeyboardInterrupt):  # before our handler stood
-        signalled = signal.SIGINT
-    if signalled is not None:  # a library may have made another error of what our handler raised
-        return Interrupted(signalled).stopped
-    text = next(iter(str(error).splitlines()), "")[:200]
-    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if is_memory or "can't allocate memory" in text:
-        hint = "lower memory.tokens_per_micro_batch, or set memory.checkpointing=full"
-        return MachineError(f"out of memory: {text}", hint=hint)
-    if isinstance(error, OSError):
-        return StorageError(text)
-    package = Path(__file__).parent
-    frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    ours = [f"{p.relative_to(package)}:{n}" for p, n in frames if p.is_relative_to(package)]
-    return ZephyrError(
-        f"unexpected {type(error).__name__}: {text} (at {' > '.join(ours[-3:])})",
-        hint="this is a bug, please report it; ZEPHYR_LITE_DEBUG=1 shows the whole traceback",
-    )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ def _how(default: Any, description: str, **limits: Any) -> Any:
     )
 
 
+Quant = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q4_0"
+]
+
+
 class Source(Section):
     """Where rows come from. A plain string is short for `{path: STRING}`."""
 
@@ -248,6 +253,9 @@ class Sft(Training):
         "all", description="Tokens that carry loss: every token (as published) or answers only."
     )
     lora: SftLora = Field(SftLora(), description="The SFT adapter.")
+    engine: Literal["native", "hf", "unsloth"] | None = Field(
+        None, description="What runs the layers in dSFT; default: the recipe's `engine`."
+    )
 
 
 class Dpo(Training):
@@ -305,15 +313,48 @@ class Memory(Section):
         "`offload` (engine native) also keeps the layers' inputs in host memory.",
     )
     head_rows: int = _how(256, "Rows of logits alive at once in the head.", ge=1)
+    optimizer: Literal["device", "host"] = _how(
+        "device",
+        "Where fp32 masters and optimizer states live; `host`: pinned host memory, one transfer "
+        "each way a step.",
+    )
 
 
 class Export(Section):
     """What the user takes home."""
 
-    quants: tuple[Literal["f32", "f16", "q8_0"], ...] = Field(
-        default=("q8_0",), min_length=1, description="GGUF types to write."
+    quants: tuple[Quant, ...] = Field(
+        default=("q4_k_m",), min_length=1, description="GGUF types to write."
+    )
+    base_weights: Literal["nf4", "original"] = Field(
+        default="nf4",
+        description="What the adapter is folded into: the quantised values it was trained on, or "
+        "the base's own 16-bit weights.",
+    )
+    quantiser: Literal["auto", "torch", "ggml"] = Field(
+        default="auto",
+        description="Who quantises: our own code, or llama.cpp's in the `llama` extra; `auto` "
+        "takes the latter for the types where it is faster.",
+    )
+    context_length: int | None = Field(
+        default=None,
+        ge=16,
+        description="Context stated in the file, tokens; default: the model's attention window "
+        "where it has one, else its positions.",
     )
     merged: bool = Field(default=False, description="Also write merged safetensors.")
+    merged_dtype: Literal["float16", "bfloat16", "nf4"] = Field(
+        default="float16",
+        description="Type of the merged safetensors; nf4 is refused, for it would undo the DPO.",
+    )
+    w4a16: bool = Field(default=False, description="Also write 4-bit compressed-tensors, for vLLM.")
+    lora_gguf: bool = Field(
+        default=False, description="Also write the adapter alone as GGUF, for llama.cpp's --lora."
+    )
+    verify: bool = Field(
+        default=True,
+        description="Compare each GGUF with the trained model before it gets its name.",
+    )
     verify_prompts: int = Field(
         default=20,
         ge=1,
@@ -344,10 +385,20 @@ class Recipe(Section):
     data: Data = Field(Data(), description="Dialogues and feedback.")
     sft: Sft | None = Field(None, description="dSFT.")
     dpo: Dpo | None = Field(None, description="dDPO.")
-    engine: Literal["native", "hf"] = Field(
+    engine: Literal["native", "hf", "unsloth"] = Field(
         "native",
-        description="What runs the layers: our own (Mistral, Llama, Qwen2; others run on `hf`), or "
-        "transformers + PEFT as they are.",
+        description="What runs the layers: our own (Mistral, Llama, Qwen; others run on `hf`); "
+        "transformers + PEFT as they are; or Unsloth in an environment of its own, for dSFT only.",
+    )
+    attention: Literal["auto", "xformers"] = Field(
+        "auto",
+        description="Flash attention on a GPU: torch's own, or that of the `xformers` extra.",
+    )
+    gemm: Literal["exact", "fp16acc"] = Field(
+        "exact",
+        description="Products with frozen weights: in the compute dtype; or `fp16acc`, fp16 with "
+        "fp16 sums, refused unless a probe of the GPU at start finds it at least 1.2 times as fast "
+        "and within twice bfloat16's error. What is measured is always measured exactly.",
     )
     kernels: Literal["auto", "require", "off"] = Field(
         "auto",
@@ -372,27 +423,6 @@ class Recipe(Section):
                     f"expect.{name}: the band's low end {low} is above its high {high}"
                 )
         return self
-
-
-def json_schema() -> dict[str, Any]:
-    """The recipe's JSON schema, for editors that complete and check YAML.
-
-    It is the schema of a file, which may extend another one: then a section need not be whole, and
-    null takes out the parent's.
-    """
-    schema = Recipe.model_json_schema()
-    for section in (schema, *schema["$defs"].values()):
-        section.pop("required", None)
-    for key in ("data", "memory", "export", "expect"):
-        form = schema["properties"][key]
-        about = {k: form.pop(k) for k in ("default", "description", "title") if k in form}
-        schema["properties"][key] = {"anyOf": [form, {"type": "null"}], **about}
-    text = "A built-in recipe, or a file beside this one, that this file is laid over."
-    schema["properties"]["extends"] = {"type": "string", "description": text}
-    schema["anyOf"] = [{"required": ["name", key]} for key in ("base", "extends")]
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "zephyr-lite recipe"
-    return schema
 
 
 def result_fields(section: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -136,13 +136,15 @@ class Run:
     def begin(self, stage: str, inputs: dict[str, Any]) -> None:
         """Note that a stage has begun; keeps the first start when it resumes.
 
-        Figures that a stopped attempt from other inputs left behind are removed.
+        Figures that a stopped attempt from other inputs left behind are removed; not the journals
+        of files in the making, which know themselves what still stands.
         """
         stages, fingerprint = self.manifest["stages"], digest(inputs)
         if stage in stages and stages[stage]["fingerprint"] != fingerprint:
             del stages[stage]
             for figures in self.path(stage).glob("*.json*"):
-                figures.unlink()
+                if not figures.name.endswith(".part.jsonl"):
+                    figures.unlink()
         entry = stages.setdefault(stage, {"started": _now()})
         entry |= {"fingerprint": fingerprint, "inputs": inputs}
         self._save()

@@ -75,11 +75,11 @@ def write_text(path: Path, text: str) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(part, path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 @contextmanager
@@ -95,12 +95,12 @@ def sealed_folder(final: Path, meta: dict[str, Any] | None = None) -> Iterator[P
         if os.path.lexists(final):  # rename cannot replace a folder that is not empty
             os.rename(final, old)
         os.rename(part, final)
-        _fsync_folder(final.parent)
+        fsync_folder(final.parent)
         _remove(old)
     except StorageError:
         raise
     except OSError as error:
-        raise _cannot_write(final, error) from error
+        raise cannot_write(final, error) from error
     except SafetensorError as error:  # its own class for what is an OSError elsewhere
         raise StorageError(f"{final}: cannot be written: {error}", hint=FREE_SPACE) from error
     finally:
@@ -118,7 +118,7 @@ def seal(folder: Path, meta: dict[str, Any]) -> None:
         if path.is_symlink():
             raise StorageError(f"{path}: a link cannot be part of a sealed folder")
         if path.is_dir():
-            _fsync_folder(path)
+            fsync_folder(path)
         elif path != folder / SEAL:
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -185,6 +185,22 @@ def sweep(parent: Path, name: str = "*") -> None:
         _remove(part)
 
 
+def cannot_write(path: Path, error: OSError) -> StorageError:
+    """What to raise of a failed write; a full disk comes with its hint."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    message = f"{path}: cannot be written: {error.strerror or error}"
+    return StorageError(message, hint=FREE_SPACE if full else None)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power. Raises: OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _read_seal(folder: Path) -> dict[str, Any]:
     """The manifest of a sealed folder. Raises: StorageError when there is none or it is damaged."""
     if not (folder / SEAL).is_file():
@@ -202,17 +218,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _cannot_write(path: Path, error: OSError) -> StorageError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    message = f"{path}: cannot be written: {error.strerror or error}"
-    return StorageError(message, hint=FREE_SPACE if full else None)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

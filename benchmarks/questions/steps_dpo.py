@@ -39,6 +39,7 @@ LENGTHS = [
 SETTINGS = [
     Setting(None, "native", "none", 4096),
     Setting(22.5, "native", "none", 2048),
+    Setting(22.5, "native", "none", 2048, gemm="fp16acc"),
     Setting(22.5, "native", "full", 4096),
     Setting(None, "hf", "none", 4096),
     Setting(14.5, "native", "full", 4096),

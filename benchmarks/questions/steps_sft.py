@@ -24,6 +24,7 @@ SETTINGS = [
     # What is claimed first: no recomputation, with dropout and without, uncapped and at 24 GB.
     Setting(None, "native", "none", 8192),
     Setting(22.5, "native", "none", 4096),
+    Setting(22.5, "native", "none", 4096, gemm="fp16acc"),
     Setting(None, "native", "none", 8192, 0.05),
     Setting(None, "hf", "none", 8192),
     Setting(22.5, "native", "full", 8192),
@@ -53,6 +54,7 @@ SETTINGS = [
 TOY_SETTINGS = [
     Setting(None, "native", "none", 32, 0.05),
     Setting(22.5, "native", "offload", 32),
+    Setting(None, "native", "none", 32, gemm="fp16acc"),
     Setting(None, "hf", "full", 32),
 ]
 

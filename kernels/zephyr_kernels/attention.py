@@ -16,9 +16,9 @@ backward calls the parts again with the *merged* output and lse, which makes eac
 that of the whole softmax. So a shared prompt's keys are read where they lie: no copy, no mask.
 
 On a CPU the parts are torch's flash kernel; `reference.attention` is the definition. On a GPU all
-segments go through one variable-length flash call, whose mask is the whole rule; there the keys of
-a context are copied once per segment. A GPU or dtype without flash attention computes the
-definition.
+segments go through one variable-length call (`varlen.py`), whose mask is the whole rule; there the
+keys of a context are copied once per segment. It is torch's flash attention, or xformers' where
+`use` chose it. A GPU or dtype that the chosen one does not compute gets the definition.
 
 Shapes: T keys of the row, U queries (T, unless some were left out), H query heads, J key and value
 heads, D head width. Source: FlashAttention-2 (arXiv 2307.08691) for the algorithm and the merge.
@@ -28,12 +28,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 
-from zephyr_kernels import _flash, reference
+from zephyr_kernels import _flash, reference, varlen
 from zephyr_kernels.segments import Segment
+
+Kernel = Literal["flash", "xformers"]
 
 # Segments shorter than this are gathered into padded batches, for a call costs as much as they do.
 SHORT = 128
@@ -41,6 +44,7 @@ LENGTH_STEP = 8
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_kernel: Kernel = "flash"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Plan:
     batches: tuple[Batch, ...]
     contexts: tuple[tuple[int, int, int, int], ...]
     segments: tuple[Segment, ...]
-    varlen: _flash.Varlen | None
+    varlen: varlen.Varlen | None
 
     def seen(self, device: torch.device) -> torch.Tensor:
         """Who sees whom: bool [U, T], the whole rule in one mask."""
@@ -112,7 +116,7 @@ def make_plan(
         tuple(batches),
         tuple(sorted(contexts)),
         tuple(segments),
-        _flash.plan(segments, n_keys, device) if device.type == "cuda" else None,
+        varlen.plan(segments, n_keys, device) if device.type == "cuda" else None,
     )
 
 
@@ -126,9 +130,44 @@ def _batch(members: list[tuple[int, int, int]], width: int, device: torch.device
     return Batch((len(members), width), *(x.to(device) for x in tensors))
 
 
-def has_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether a kernel computes such heads there; the definition does where none can."""
-    return device.type == "cpu" or _flash.computes(device, dtype, head_width)
+def use(kernel: Kernel) -> Kernel:
+    """Choose a GPU's attention for the whole process; returns what was chosen before.
+
+    For the process, and not for a context: autograd runs a GPU's backward in a thread of its own.
+    Raises: ImportError when xformers is chosen and cannot be imported.
+    """
+    global _kernel
+    if kernel == "xformers":
+        from zephyr_kernels import _xformers
+
+        _xformers.fmha()
+    before, _kernel = _kernel, kernel
+    return before
+
+
+def computed_by(
+    device: torch.device, dtype: torch.dtype, head_width: int
+) -> Literal["flash", "xformers", "dense"]:
+    """What computes such heads there; `dense` is the definition, where the chosen one cannot."""
+    if device.type == "cpu":
+        return "flash"
+    return _kernel if _module().computes(device, dtype, head_width) else "dense"
+
+
+def _module() -> ModuleType:
+    if _kernel == "flash":
+        return _flash
+    from zephyr_kernels import _xformers
+
+    return _xformers
+
+
+def _taken(q_UHD: torch.Tensor, plan: Plan) -> ModuleType | None:
+    """What takes these heads in one variable-length call, if anything does."""
+    if plan.varlen is None or not q_UHD.is_cuda:
+        return None
+    module = _module()
+    return module if module.computes(q_UHD.device, q_UHD.dtype, q_UHD.shape[-1]) else None
 
 
 def attention(
@@ -161,9 +200,12 @@ class _Attention(torch.autograd.Function):
 def forward(
     q_UHD: torch.Tensor, k_TJD: torch.Tensor, v_TJD: torch.Tensor, plan: Plan, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [U, H, D] and log-sum-exp [U, H] (fp32; fp64 for fp64 input). No gradient."""
-    if plan.varlen is not None and _flash.takes(q_UHD):
-        return _flash.forward(q_UHD, k_TJD, v_TJD, plan.varlen, scale)
+    """Output [U, H, D] and log-sum-exp [U, H] (fp32; fp64 for fp64 input). No gradient.
+
+    xformers' log-sum-exp may lie otherwise; `backward_` alone reads it.
+    """
+    if (one_call := _taken(q_UHD, plan)) is not None:
+        return one_call.forward(q_UHD, k_TJD, v_TJD, plan.varlen, scale)
     if q_UHD.device.type != "cpu":
         return reference.attention(q_UHD, k_TJD, v_TJD, plan.seen(q_UHD.device), scale)
     out = torch.empty(q_UHD.shape, dtype=q_UHD.dtype, device=q_UHD.device)
@@ -199,8 +241,9 @@ def backward_(
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     """Write dq, dk and dv into `grads`, which may be strided; their contents are overwritten."""
-    if plan.varlen is not None and _flash.takes(q_UHD):
-        _flash.backward_(dout_UHD, q_UHD, k_TJD, v_TJD, out_UHD, lse_UH, plan.varlen, scale, grads)
+    if (one_call := _taken(q_UHD, plan)) is not None:
+        saved = (q_UHD, k_TJD, v_TJD, out_UHD, lse_UH)
+        one_call.backward_(dout_UHD, *saved, plan.varlen, scale, grads)
         return
     if q_UHD.device.type != "cpu":
         _dense_backward(dout_UHD, (q_UHD, k_TJD, v_TJD), plan, scale, grads)

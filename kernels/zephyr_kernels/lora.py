@@ -86,10 +86,12 @@ def rank_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dS = dY B in dY's dtype and, when `db`, dB = dY' S in fp32 (fp64 for fp64), else None.
 
-    One read of dY by Triton where that moves fewer bytes than cuBLAS' two, which is at small ranks.
+    S may be of some of B's columns alone, those that train: dB is then theirs. One read of dY by
+    Triton where that moves fewer bytes than cuBLAS' two, which is at small ranks, all of them.
     Raises: ValueError if rows are not contiguous.
     """
-    if db and runs_triton(dy_TN) and _one_read_pays(dy_TN, b_NR.shape[1]):
+    is_whole = db and s_TR.shape[1] == b_NR.shape[1]
+    if is_whole and runs_triton(dy_TN) and _one_read_pays(dy_TN, b_NR.shape[1]):
         return _launch_rank_backward(dy_TN, s_TR, b_NR)
     return reference.rank_backward(dy_TN, s_TR, b_NR, db)
 

@@ -157,6 +157,33 @@ def dequantise_nf4(
     out_NK.copy_((levels[nibbles] * scale[block]).view(out_NK.shape))
 
 
+# ---------------------------------------------------------------- fp16acc
+
+
+def scale_rows(x_TK: torch.Tensor, out_TK: torch.Tensor) -> torch.Tensor:
+    """out = x * 2^e in fp16, the largest magnitude of a row in [4, 8); returns undo_T = 2^-e, fp32.
+
+    e is read off the exponent's bits, and bounded so that both powers are normal numbers.
+    """
+    wide_TK = x_TK.float()
+    exponent_T = (wide_TK.abs().amax(1).view(torch.int32) >> 23).clamp_(3)
+    out_TK.copy_(wide_TK * ((256 - exponent_T) << 23).view(torch.float32)[:, None])
+    return ((exponent_T - 2) << 23).view(torch.float32)
+
+
+def mm_fp16_sums(x_TK: torch.Tensor, weight_KN: torch.Tensor, depth: int = 16) -> torch.Tensor:
+    """x @ weight by a unit that keeps sums in fp16: `depth` products exactly, then to nearest."""
+    total_TN = x_TK.new_zeros(len(x_TK), weight_KN.shape[1])
+    for x_TC, weight_CN in zip(x_TK.split(depth, 1), weight_KN.split(depth), strict=True):
+        total_TN = torch.addmm(total_TN.float(), x_TC.float(), weight_CN.float()).to(x_TK.dtype)
+    return total_TN
+
+
+def unscale_rows(sums_PTN: torch.Tensor, undo_T: torch.Tensor, out_TN: torch.Tensor) -> None:
+    """out = undo * (sum over P pieces), added in fp32."""
+    out_TN.copy_(sums_PTN.sum(0, dtype=torch.float32) * undo_T[:, None])
+
+
 # ---------------------------------------------------------------- attention
 
 

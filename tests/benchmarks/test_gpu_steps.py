@@ -143,10 +143,28 @@ def test_a_setting_reaches_the_model_it_shares(bench) -> None:
     policy = rig.policy(Setting(None, "native", "offload", 32, 0.0))
     assert rates() == {0.0}
     assert not rig.model.get_base_model().is_gradient_checkpointing
-    assert policy.engine.name == "native"
+    assert policy.engine.name == "native" and policy.gemm == "exact"
+    assert rig.policy(Setting(None, "native", "none", 32, gemm="fp16acc")).gemm == "fp16acc"
 
 
 # ---------------------------------------------------------------- what goes wrong
+
+
+def test_an_arithmetic_that_is_refused_is_a_row(bench) -> None:
+    from gpu_model import TOY
+    from gpu_rig import Rig, Setting, Task
+    from gpu_steps import step_cases
+
+    from zephyr_lite.recipe import Sft
+
+    task = Task("sft", "rows", {"sft": 4}, Sft.model_validate({}), lambda setting: None)  # type: ignore[arg-type, return-value]
+    settings = [Setting(None, engine, "none", 32, gemm="fp16acc") for engine in ("native", "hf")]
+    _, *cases = step_cases(bench, Rig(bench, task, TOY), settings)
+    for case, why in zip(cases, ("it needs a GPU", "engine hf does not"), strict=True):
+        assert case.shape["gemm"] == "fp16acc"
+        (row,) = case.run()
+        assert (row.metric, row.status) == ("step", "not available")
+        assert row.note.startswith(f"gemm: fp16acc: {why}")
 
 
 def test_out_of_memory_is_a_row_and_the_next_case_runs(

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from tolerance import assert_within
-from zephyr_kernels import _flash, reference
+from zephyr_kernels import _flash, _xformers, reference, varlen
 from zephyr_kernels.attention import (
     LENGTH_STEP,
     SHORT,
     Plan,
     attention,
     backward_,
+    computed_by,
     forward,
-    has_kernel,
     make_plan,
+    use,
 )
 from zephyr_kernels.segments import Segment
 
+CPU = torch.device("cpu")
 WIDTH = 16
 SCALE = WIDTH**-0.5
 LIMIT_FP64 = 1e-13
@@ -139,7 +142,7 @@ def assert_all_close(found: list[torch.Tensor], truth: list[torch.Tensor]) -> No
 @heads
 def test_equals_the_definition_in_fp64(case: Case, h: int, j: int, device, normal: Normal) -> None:
     plan = make_plan(*case, device)
-    assert torch.equal(plan.seen(torch.device("cpu")), seen(case))
+    assert torch.equal(plan.seen(CPU), seen(case))
     tensors = inputs(case, h, j, torch.float64, normal)
     assert_all_close(planned(case, tensors, plan), definition(case, tensors))
 
@@ -195,7 +198,7 @@ def test_twice_the_same_bits(case: Case, dtype: torch.dtype, device, normal: Nor
 
 def test_what_goes_alone_and_what_is_gathered() -> None:
     lengths = (1, 7, 8, 9, 9, 64, SHORT - 1, SHORT, SHORT + 1, 1000)
-    plan = make_plan(rows(*lengths), sum(lengths), sum(lengths), torch.device("cpu"))
+    plan = make_plan(rows(*lengths), sum(lengths), sum(lengths), CPU)
     assert sorted(n for *_, n in plan.spans) == [64, SHORT + 1, 1000]
     assert [b.shape for b in plan.batches] == [(3, 8), (2, 16), (2, SHORT)]
     assert plan.varlen is None and plan.contexts == ()
@@ -205,7 +208,7 @@ def test_what_goes_alone_and_what_is_gathered() -> None:
 
 def test_a_context_and_a_lead_are_two_calls_without_a_mask() -> None:
     segments, queries, keys = CASES["lead and context"]
-    plan = make_plan(segments, queries, keys, torch.device("cpu"))
+    plan = make_plan(segments, queries, keys, CPU)
     assert plan.contexts == ((0, 3, 0, 4), (3, 2, 0, 5), (3, 2, 7, 3))
 
 
@@ -278,41 +281,106 @@ def test_one_variable_length_call_is_the_definition(
         pytest.skip("the call itself is there")
     tensors = inputs(case, 4, 2, torch.float64, normal)
     q, k, v, dout = tensors
-    varlen = _flash.plan(case[0], case[2], torch.device("cpu"))
-    out, lse = _flash.forward(q, k, v, varlen, SCALE)
+    plan = varlen.plan(case[0], case[2], CPU)
+    out, lse = _flash.forward(q, k, v, plan, SCALE)
     buffers = [torch.full((len(x), 3, *x.shape[1:]), torch.nan).double() for x in (q, k, v)]
     grads = (buffers[0][:, 1], buffers[1][:, 1], buffers[2][:, 1])
-    _flash.backward_(dout, q, k, v, out, lse, varlen, SCALE, grads)
+    _flash.backward_(dout, q, k, v, out, lse, plan, SCALE, grads)
     assert_all_close([out, lse, *grads], definition(case, tensors))
 
 
 def test_documents_in_a_row_are_not_copied() -> None:
-    varlen = _flash.plan(rows(5, 1, 9), 15, torch.device("cpu"))
-    assert varlen.key_rows is None
-    assert varlen.cu_q.tolist() == varlen.cu_k.tolist() == [0, 5, 6, 15]
+    plan = varlen.plan(rows(5, 1, 9), 15, CPU)
+    assert plan.key_rows is None and plan.q_lengths == plan.k_lengths == (5, 1, 9)
+    assert plan.cu_q.tolist() == plan.cu_k.tolist() == [0, 5, 6, 15]
 
 
 def test_a_prompt_is_copied_once_an_answer() -> None:
     segments, _, _ = CASES["one prompt, three answers"]
-    varlen = _flash.plan(segments, 23, torch.device("cpu"))
-    assert varlen.key_rows is not None
-    copies = torch.bincount(varlen.key_rows, minlength=23)
+    plan = varlen.plan(segments, 23, CPU)
+    assert plan.key_rows is not None
+    copies = torch.bincount(plan.key_rows, minlength=23)
     assert copies.tolist() == [4] * 7 + [1] * 16
-    assert (varlen.longest_q, varlen.longest_k) == (11, 16)
+    assert (plan.longest_q, plan.longest_k) == (11, 16)
 
 
 def test_where_a_kernel_computes_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision, heads of 8 to 256 in steps of 8, Ampere and later; a CPU has one for all."""
     gpu = torch.device("cuda")
-    for major, wanted in ((8, True), (7, False)):
+    for major, wanted in ((8, "flash"), (7, "dense")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, at=major: (at, 0))
-        assert has_kernel(gpu, torch.bfloat16, 128) == wanted
+        assert computed_by(gpu, torch.bfloat16, 128) == wanted
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert not any(has_kernel(gpu, torch.bfloat16, width) for width in (4, 100, 264))
-    assert not has_kernel(gpu, torch.float32, 128)
-    assert has_kernel(torch.device("cpu"), torch.float32, 100)
+    assert {computed_by(gpu, torch.bfloat16, width) for width in (4, 100, 264)} == {"dense"}
+    assert computed_by(gpu, torch.float32, 128) == "dense"
+    assert computed_by(CPU, torch.float32, 100) == "flash"
 
 
-def test_flash_takes_half_precision_on_a_gpu_only() -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert not _flash.takes(torch.empty(1, dtype=dtype))
+# ---------------------------------------------------------------- by xformers
+
+
+@pytest.fixture
+def xformers() -> Iterator[None]:
+    """The choice of xformers, where it is installed."""
+    pytest.importorskip("xformers.ops.fmha", reason="xformers is not installed")
+    before = use("xformers")
+    yield
+    use(before)
+
+
+@cases
+def test_xformers_mask_is_the_rule(case: Case, xformers: None) -> None:
+    """Its own mask, written out: gathered key by gathered key who is seen."""
+    segments, queries, n_keys = case
+    plan = varlen.plan(segments, n_keys, CPU)
+    bias_UK = _xformers.mask(plan.q_lengths, plan.k_lengths, CPU).materialize(
+        (queries, sum(plan.k_lengths))
+    )
+    tokens = torch.arange(n_keys) if plan.key_rows is None else plan.key_rows
+    seen_UT = torch.zeros(queries, n_keys, dtype=torch.int64)
+    seen_UT.index_add_(1, tokens, (bias_UK == 0).long())
+    assert torch.equal(seen_UT, seen(case).long()), "each key once, or not at all"
+
+
+@heads
+def test_copies_of_key_heads_and_their_gradients(h: int, j: int, normal: Normal, device) -> None:
+    """Attention to a copy for every query head, its gradients summed: that to the shared head."""
+    case = CASES["two pairs"]
+    q, k, v, dout = inputs(case, h, j, torch.float64, normal)
+    keys, values = (_xformers.head_copies(x, h // j) for x in (k, v))
+    out, lse, dq, dkeys, dvalues = definition(case, [q, keys, values, dout])
+    dk, dv = (_xformers.sum_of_copies(x, h // j) for x in (dkeys, dvalues))
+    assert_all_close([out, lse, dq, dk, dv], definition(case, [q, k, v, dout]))
+
+
+def test_copies_are_summed_before_they_are_rounded() -> None:
+    grads_THD = torch.tensor([1.0, 2**-8, 2**-8, 2**-8]).bfloat16().view(1, 4, 1)
+    found = _xformers.sum_of_copies(grads_THD, 4)
+    assert found.item() == torch.tensor(1 + 3 * 2**-8).bfloat16().item() != 1.0
+
+
+def test_xformers_computes_nothing_on_a_cpu(xformers: None) -> None:
+    assert not _xformers.computes(CPU, torch.float32, WIDTH)
+
+
+def test_xformers_that_is_not_there_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    _xformers.fmha.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "xformers.ops.fmha", None)
+        with pytest.raises(ImportError, match="xformers"):
+            use("xformers")
+    assert use("flash") == "flash"
+
+
+@heads
+def test_xformers_is_as_close_as_eager(h: int, j: int, xformers, device, normal) -> None:
+    if device.type != "cuda":
+        pytest.skip("xformers computes on a GPU only")
+    assert computed_by(device, torch.bfloat16, WIDTH) == "xformers"
+    for case in CASES.values():
+        tensors = inputs(case, h, j, torch.bfloat16, normal)
+        found = planned(case, tensors, make_plan(*case, device))
+        truth, plain = definition(case, [x.double() for x in tensors]), eager(case, tensors)
+        has_choice = bool((seen(case).sum(1) > 1).any())
+        for at in (0, 2, 3, 4) if has_choice else (0, 4):  # its lse lies in a way of its own
+            assert_within(found[at], truth[at], plain[at])

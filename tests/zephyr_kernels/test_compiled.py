@@ -22,9 +22,11 @@ import json, re, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zephyr_kernels import backend, nf4, norm, rope, swiglu
+from zephyr_kernels import backend, fp16acc, nf4, norm, rope, swiglu
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"
+}
 launches = []
 
 def record(kernel, grid, *arguments, num_warps, **constants):
@@ -46,7 +48,7 @@ def source(kernel, arguments, constants):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attrs=attributes)
 
-for module in (nf4, norm, rope, swiglu):
+for module in (fp16acc, nf4, norm, rope, swiglu):
     module.launch = record
 backend.use("triton")
 torch.set_default_device("meta")
@@ -66,6 +68,12 @@ for interleaved in (False, True):
 gate_up = rows(2 * F)
 swiglu.swiglu(gate_up[:, :F], gate_up[:, F:], rows(F, F + R))
 swiglu.swiglu_backward_(rows(F), gate_up[:, :F], gate_up[:, F:])
+for width in (D, F):
+    fp16acc.scale_rows(rows(width))
+for pieces in (1, 4):
+    fp16acc.unscale_rows(
+        torch.empty(pieces, T, D, dtype=torch.float16), torch.empty(T), torch.bfloat16
+    )
 for absmax, nested in ((torch.empty(D * F // 64), ()), (
     torch.empty(D * F // 64, dtype=torch.uint8), (torch.empty(256), torch.empty(D * F // 64 // 256))
 )):
@@ -103,11 +111,12 @@ def test_every_kernel_compiles_and_moves_16_bytes_at_a_time(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
-    assert len(compiled) == 10 * len(ARCHITECTURES)
+    assert len(compiled) == 14 * len(ARCHITECTURES)
     for name, architecture, moves, fused in compiled:
         where = f"{name} on sm{architecture}: {moves}"
         assert "st.global.v4.b32" in moves, where
-        # What is left in single words: a row's rstd, NF4's table and its bytes, four at a time.
+        # What is left in single words: a row's rstd or scale, NF4's table and its bytes, four at
+        # a time.
         assert set(moves) <= {
             "ld.global.v4.b32", "st.global.v4.b32", "ld.global.b32", "st.global.b32",
             *(["ld.global.b8"] if name == "dequantise_kernel" else []),

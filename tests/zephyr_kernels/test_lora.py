@@ -138,6 +138,17 @@ def test_rank_backward_of_a_frozen_b(dtype: torch.dtype, normal: Normal) -> None
     assert_within(ds, dy.double() @ b.double(), dy @ b)
 
 
+def test_rank_backward_of_the_columns_that_train(
+    dtype: torch.dtype, normal: Normal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "_one_read_pays", lambda *_: True)
+    dy, s, b = (normal(*shape, dtype=dtype) for shape in ((6, 40), (6, 8), (40, 8)))
+    ds, db = rank_backward(dy, s[:, 3:7], b, True)
+    assert db is not None
+    assert_within(ds, dy.double() @ b.double(), dy @ b)
+    assert_within(db, dy.double().T @ s[:, 3:7].double(), dy.float().T @ s[:, 3:7].float())
+
+
 @pytest.mark.parametrize(
     ("tokens", "width", "rank", "dtype", "pays"),
     [

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zephyr_lite import __version__, cli, recipe_file
+from zephyr_lite import __version__, recipe_file, session
 from zephyr_lite.cli import main
 from zephyr_lite.recipe import Recipe
 
@@ -263,7 +263,7 @@ def test_a_large_local_model_needs_a_gpu_too(zl, monkeypatch, recipe, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "large").mkdir()
     with (tmp_path / "large" / "model.safetensors").open("wb") as file:
-        file.truncate(cli.SMALL_BYTES + 1)  # a hole: no disk is used
+        file.truncate(session.SMALL_BYTES + 1)  # a hole: no disk is used
     status, _, err = zl("sft", recipe, "--set", "base=large")
     assert status == 3 and "full-size model" in err
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from zephyr_lite import recipe as recipe_module
 from zephyr_lite import recipe_file
-from zephyr_lite.recipe import Recipe, Section, json_schema, result_fields
+from zephyr_lite.recipe import Recipe, Section, result_fields
+from zephyr_lite.recipe_schema import json_schema
 
 SECTIONS = [
     value

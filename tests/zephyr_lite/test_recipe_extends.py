@@ -6,7 +6,8 @@ import pytest
 
 from zephyr_lite import recipe_file
 from zephyr_lite.errors import RecipeError
-from zephyr_lite.recipe import Recipe, json_schema, result_fields
+from zephyr_lite.recipe import Recipe, result_fields
+from zephyr_lite.recipe_schema import json_schema
 
 HEAD = "name: x\nbase: some/model\n"
 DATA = "data:\n  dialogues: {train: d.jsonl}\n  feedback: {train: [p.jsonl, q.jsonl]}\n"

@@ -1,21 +1,28 @@
-"""The frozen matrix of a group of linears, in the dtype that the layer computes in.
+"""The frozen matrix of a group of linears, in the dtype that its products are computed in.
 
 Plain weights are laid below each other once, and the modules' parameters become views of that, so
 that nothing is held twice and every other user of the modules sees what it saw. NF4 weights are
 dequantised into a slot that the same group of every layer shares, and stay there until another
 layer's come: what a layer computes again in its backward is not dequantised again for it. A CPU,
 which has the room and not the bandwidth, keeps all that it dequantised.
+
+    exact      in the dtype that the layer computes in
+    fp16acc    in fp16, whose sums are fp16 too; plain weights are cast into the slot as well
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from zephyr_kernels.nf4 import Nf4, dequantise
+
+from zephyr_lite.errors import MachineError
+
+Gemm = Literal["exact", "fp16acc"]
 
 
 class Slot:
@@ -25,13 +32,14 @@ class Slot:
         self.buffer: torch.Tensor | None = None
         self.holder: FrozenWeight | None = None
 
-    def fill(self, frozen: FrozenWeight) -> torch.Tensor:
-        """The weights of `frozen` [O, I], dequantised unless they are what lies here."""
+    def fill(self, frozen: FrozenWeight, dtype: torch.dtype) -> torch.Tensor:
+        """The weights of `frozen` [O, I] in `dtype`, dequantised unless they are what lies here."""
         size = frozen.shape[0] * frozen.shape[1]
-        if self.buffer is None or self.buffer.numel() < size:
-            self.buffer = torch.empty(size, dtype=frozen.dtype, device=frozen.device)
-            self.holder = None
-        weight_OI = self.buffer[:size].view(frozen.shape)
+        buffer = self.buffer
+        if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
+            buffer = self.buffer = self.holder = None  # freed before there is another
+            buffer = self.buffer = torch.empty(size, dtype=dtype, device=frozen.device)
+        weight_OI = buffer[:size].view(frozen.shape)
         if self.holder is not frozen:
             frozen.dequantise(weight_OI)
             self.holder = frozen
@@ -54,20 +62,53 @@ class FrozenWeight:
         self.bias_O = _join_biases(linears, widths, dtype)
         self.dense_OI: torch.Tensor | None = None
         self.packed: tuple[Nf4, ...] = ()
+        self.is_shared = False
         if not isinstance(linears[0], Linear4bit):
             self.dense_OI = _join_weights(linears, widths, dtype)
+            # Whether the linears' weights are views of W.
+            self.is_shared = all(x.weight.dtype == dtype for x in linears)
         else:
             self.packed = tuple(_nf4(x.weight.detach(), x.weight.quant_state) for x in linears)
             if device.type == "cpu":
                 self.dense_OI = self.dequantise(torch.empty(self.shape, dtype=dtype))
 
-    def weight(self) -> torch.Tensor:
-        """W [O, I], to be read only; in a slot it holds until another group of it asks."""
-        return self.slot.fill(self) if self.dense_OI is None else self.dense_OI
+    def weight(self, gemm: Gemm = "exact") -> torch.Tensor:
+        """W [O, I], to be read only; in a slot it holds until another group of it asks, or this
+        one in another dtype."""
+        dtype = torch.float16 if gemm == "fp16acc" else self.dtype
+        if self.dense_OI is not None and self.dense_OI.dtype == dtype:
+            return self.dense_OI
+        return self.slot.fill(self, dtype)
+
+    @property
+    def kind(self) -> str:
+        """What W is made of and what products read, for a person."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.packed:
+            return f"nf4, dequantised to {dtype}"
+        return f"{dtype}, joined in place" if self.is_shared else f"{dtype}, a copy"
+
+    def give_back(self, linears: Sequence[Any]) -> None:
+        """Give the linears memory of their own again; W stays as it is."""
+        for x in linears if self.is_shared else ():
+            x.weight.data = x.weight.detach().clone()
+
+    def check_fp16(self) -> None:
+        """Raise MachineError where a weight is beyond fp16, which no trained model's is."""
+        largest = max((_bound(nf4) for nf4 in self.packed), default=0.0)
+        if not self.packed and self.dense_OI is not None:
+            largest = self.dense_OI.abs().max().item()
+        if not largest <= torch.finfo(torch.float16).max:
+            raise MachineError(
+                f"gemm: fp16acc: a frozen weight of magnitude {largest:.3g} is beyond fp16",
+                hint="set gemm=exact",
+            )
 
     def dequantise(self, out_OI: torch.Tensor) -> torch.Tensor:
-        """Straight to the compute dtype. bitsandbytes' state names the dtype of the weights it was
-        given; its own forward does not round to that either."""
+        """Straight to the dtype of `out_OI`. bitsandbytes' state names the dtype of the weights it
+        was given; its own forward does not round to that either."""
+        if not self.packed and self.dense_OI is not None:
+            return out_OI.copy_(self.dense_OI)
         row = 0
         for nf4 in self.packed:
             dequantise(nf4, out_OI[row : row + nf4.shape[0]])
@@ -77,8 +118,8 @@ class FrozenWeight:
 
 def _join_weights(linears: Sequence[Any], widths: list[int], dtype: torch.dtype) -> torch.Tensor:
     weight_OI = torch.cat([x.weight.detach() for x in linears]).to(dtype)
-    for x, rows in zip(linears, weight_OI.split(widths), strict=True):
-        if x.weight.dtype == dtype:
+    if all(x.weight.dtype == dtype for x in linears):
+        for x, rows in zip(linears, weight_OI.split(widths), strict=True):
             x.weight.data = rows
     return weight_OI
 
@@ -115,6 +156,14 @@ def is_misread(linear: Linear4bit) -> bool:
         return False
     packed, state = weight.detach(), weight.quant_state
     return not torch.equal(dequantize_4bit(packed, state), dequantised(packed, state, state.dtype))
+
+
+def _bound(nf4: Nf4) -> float:
+    """What no weight's magnitude exceeds: the largest level times the largest scale."""
+    scale = nf4.absmax.max()
+    if nf4.absmax_code is not None and nf4.absmax_scale is not None:
+        scale = nf4.absmax_code.abs().max() * nf4.absmax_scale.abs().max() + nf4.absmax_offset
+    return (nf4.levels.abs().max() * scale).item()
 
 
 def _nf4(packed: torch.Tensor, state: Any) -> Nf4:

@@ -19,7 +19,7 @@ from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.layout import document_layout, pair_layout
 from zephyr_lite.errors import MachineError
 from zephyr_lite.model.attention import DeviceLayout, to_device
-from zephyr_lite.model.frozen_weights import is_misread
+from zephyr_lite.model.frozen_weights import Gemm, is_misread
 
 ATTENTION_NAME = "zephyr_layout"
 # What some models pass to their attention that changes its result: a bound or a sink of the scores.
@@ -37,9 +37,12 @@ class HfEngine:
     """
 
     name = "hf"
+    gemm: Gemm = "exact"
 
     def __init__(self, model: Any, *, checkpointing: bool = False) -> None:
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._causal_lm, self._checkpointing = causal_lm, checkpointing
+        self._attention_before = causal_lm.config._attn_implementation
         AttentionInterface.register(ATTENTION_NAME, _attention_of_layout)
         causal_lm.set_attn_implementation(ATTENTION_NAME)
         if checkpointing:
@@ -48,6 +51,17 @@ class HfEngine:
         self.vocab_size = int(causal_lm.config.get_text_config().vocab_size)
         self._check_one_pattern(causal_lm.config)
         _check_4_bit_weights(causal_lm)
+
+    def report(self) -> list[str]:
+        """What runs where."""
+        layers = "computed again in the backward" if self._checkpointing else "kept whole"
+        return [f"transformers' and PEFT's modules as they are, {layers}"]
+
+    def undo(self) -> None:
+        """Give the model the attention back that it had."""
+        self._causal_lm.set_attn_implementation(self._attention_before)
+        if self._checkpointing:
+            self._causal_lm.gradient_checkpointing_disable()
 
     def hidden(self, layout: DeviceLayout) -> torch.Tensor:
         """Final hidden states [T, D], normed."""

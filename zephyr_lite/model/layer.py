@@ -1,15 +1,16 @@
 """One decoder layer as one autograd function, its backward written by hand.
 
-    n1 = norm(x);  q, k, v = proj(n1);  turn q, k;  o = attention(q, k, v)
+    n1 = norm(x);  q, k, v = proj(n1);  [norm and] turn q, k;  o = attention(q, k, v)
     mid = x + proj_o(o);  n2 = norm(mid);  g, u = proj(n2);  h = silu(g) u
     y = mid + proj_down(h)
 
 Every proj is `projections.forward`: a frozen matrix and a stack of LoRA. What the backward can have
-for one pass over memory (n1, n2, h) is computed again; what would cost a product is kept, or not:
+for one pass over memory (n1, n2, h, normed heads) is computed again; what would cost a product is
+kept, or not:
 
     keep       all that a product made, but down's output, which no gradient wants
     lean       the layer's input; everything but down is computed again
-    offload    as lean, and the input waits in pinned host memory
+    offload    as lean, and the input waits in pinned host memory, from which it is back in time
 
 The three are the same numbers bit for bit, for the same function computes both times.
 
@@ -22,7 +23,7 @@ width, H query heads, J key/value heads, P half of a head's width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,9 @@ from zephyr_kernels.rope import rotate_
 from zephyr_kernels.swiglu import swiglu, swiglu_backward_
 
 from zephyr_lite.model import projections
+from zephyr_lite.model.frozen_weights import Gemm
+from zephyr_lite.model.head_norms import HeadNorms, Pair
+from zephyr_lite.model.host_store import HostStore
 from zephyr_lite.model.projections import Group, Part, Stack
 
 Saved = Literal["keep", "lean", "offload"]
@@ -53,6 +57,7 @@ class Layer:
     heads: int
     kv_heads: int
     head_width: int
+    head_norms: HeadNorms | None = None
 
     @property
     def groups(self) -> tuple[Group, Group, Group, Group]:
@@ -81,7 +86,8 @@ class Call:
     """What a forward knows beside its input.
 
     cos_TP, sin_TP: the turn of every token, fp32. rows_U: see the module; None for all.
-    seed: of the dropout masks; None for none.
+    seed: of the dropout masks; None for none. gemm: of the products with frozen matrices.
+    host: where all layers of a forward put their inputs under `offload`.
     """
 
     plan: attention.Plan
@@ -91,6 +97,8 @@ class Call:
     saved: Saved
     rows_U: torch.Tensor | None
     seed: int | None
+    gemm: Gemm = "exact"
+    host: HostStore = field(default_factory=HostStore)
 
 
 @dataclass
@@ -108,7 +116,10 @@ class _Stacks:
 
 @dataclass
 class _Kept:
-    """What `keep` saves of a layer; the names are the module's. s_*: the stacks' S = drop(X) A'."""
+    """What `keep` saves of a layer; the names are the module's. s_*: the stacks' S = drop(X) A'.
+
+    qkv: with q and k turned; as the product gave them where heads are normed.
+    """
 
     rstd1_T: torch.Tensor
     qkv: list[torch.Tensor]
@@ -125,7 +136,8 @@ class _Kept:
 def run(x_TD: torch.Tensor, layer: Layer, call: Call) -> torch.Tensor:
     """The layer's output [U, D]; differentiable in x and in every adapter that trains."""
     seeds = [None if call.seed is None else call.seed + 8 * i for i in range(4)]
-    stacks = _Stacks(*(g.stack(s) for g, s in zip(layer.groups, seeds, strict=True)))
+    groups = zip(layer.groups, seeds, strict=True)
+    stacks = _Stacks(*(group.stack(seed, call.gemm) for group, seed in groups))
     result: Any = _Layer.apply(x_TD, layer, call, stacks, *stacks.trainable)
     return result
 
@@ -140,14 +152,14 @@ class _Layer(torch.autograd.Function):
         stacks: _Stacks,
         *trainable: torch.Tensor,
     ) -> torch.Tensor:
+        ctx.held = call.host.put(x_TD) if call.saved == "offload" else None
         kept = _attend_and_project(x_TD, layer, call, stacks)
         h_UF = swiglu(*kept.gate_up_U2F.chunk(2, 1))
         (y_UD,), s_down_UR = projections.forward(h_UF, layer.down, stacks.down)
         y_UD += kept.mid_UD
         ctx.layer, ctx.call, ctx.stacks = layer, call, stacks
         ctx.kept = (kept, s_down_UR) if call.saved == "keep" else None
-        ctx.host = _to_host(x_TD) if call.saved == "offload" else None
-        ctx.save_for_backward(*([] if ctx.host is not None else [x_TD]))
+        ctx.save_for_backward(*([] if ctx.held is not None else [x_TD]))
         return y_UD
 
     @staticmethod
@@ -155,7 +167,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy_UD = grads[0].contiguous()
         layer, call, stacks = ctx.layer, ctx.call, ctx.stacks
-        x_TD = ctx.saved_tensors[0] if ctx.host is None else ctx.host.to(dy_UD.device)
+        x_TD = ctx.saved_tensors[0] if ctx.held is None else ctx.held.get()
         if ctx.kept is None:
             kept, s_down_UR = _attend_and_project(x_TD, layer, call, stacks), None
         else:
@@ -174,9 +186,10 @@ def _attend_and_project(x_TD: torch.Tensor, layer: Layer, call: Call, stacks: _S
     outputs, s_qkv_TR = projections.forward(
         n1_TD, layer.qkv, stacks.qkv, layer.qkv_parts(call.rows_U)
     )
-    q_UHD, k_TJD, v_TJD = layer.split_heads(outputs)
-    _turn_(outputs, layer, call, inverse=False)
-    out_UHD, lse_UH = attention.forward(q_UHD, k_TJD, v_TJD, call.plan, call.scale)
+    if layer.head_norms is None:
+        _turn_(outputs, layer, call, inverse=False)
+    heads, _ = _heads(outputs, layer, call)
+    out_UHD, lse_UH = attention.forward(*heads, call.plan, call.scale)
     (mid_UD,), s_o_UR = projections.forward(out_UHD.flatten(1), layer.o, stacks.o)
     residual_UD = x_TD if call.rows_U is None else x_TD[call.rows_U]
     n2_UD, rstd2_U = add_rms_norm_(mid_UD, residual_UD, layer.norm_mlp, layer.eps)
@@ -227,16 +240,13 @@ def _attention_backward(
     o = projections.backward([dmid_UD], kept.s_o_UR, layer.o, stacks.o)
     grads = projections.adapter_gradients(o, kept.out_UHD.flatten(1), stacks.o)
     doutputs = [torch.empty_like(y) for y in kept.qkv]
-    attention.backward_(
-        o.dx_TI.view_as(kept.out_UHD),
-        *layer.split_heads(kept.qkv),
-        kept.out_UHD,
-        kept.lse_UH,
-        call.plan,
-        call.scale,
-        layer.split_heads(doutputs),
-    )
+    heads, rstds = _heads(kept.qkv, layer, call)
+    dheads = layer.split_heads(doutputs)
+    saved = (*heads, kept.out_UHD, kept.lse_UH)
+    attention.backward_(o.dx_TI.view_as(kept.out_UHD), *saved, call.plan, call.scale, dheads)
     _turn_(doutputs, layer, call, inverse=True)
+    if layer.head_norms is not None and rstds is not None:
+        layer.head_norms.backward_(dheads[:2], layer.split_heads(kept.qkv)[:2], rstds)
     parts = layer.qkv_parts(call.rows_U)
     qkv = projections.backward(
         doutputs, kept.s_qkv_TR, layer.qkv, stacks.qkv, parts, wants_dx=wants_dx
@@ -254,6 +264,18 @@ def _attention_backward(
     return dx_TD, grads
 
 
+def _heads(outputs: list[torch.Tensor], layer: Layer, call: Call) -> tuple[Heads, Pair | None]:
+    """q, k and v as attention reads them; of normed heads copies, and their rstd."""
+    q_UHD, k_TJD, v_TJD = layer.split_heads(outputs)
+    if layer.head_norms is None:
+        return (q_UHD, k_TJD, v_TJD), None
+    (q_UHD, k_TJD), rstds = layer.head_norms.forward(q_UHD, k_TJD)
+    at = slice(None) if call.rows_U is None else call.rows_U
+    rotate_(q_UHD, call.cos_TP[at], call.sin_TP[at], inverse=False)
+    rotate_(k_TJD, call.cos_TP, call.sin_TP, inverse=False)
+    return (q_UHD, k_TJD, v_TJD), rstds
+
+
 def _turn_(outputs: list[torch.Tensor], layer: Layer, call: Call, *, inverse: bool) -> None:
     """Rotate q and k where they stand, each row by its own position."""
     width = layer.head_width
@@ -267,9 +289,3 @@ def _turn_(outputs: list[torch.Tensor], layer: Layer, call: Call, *, inverse: bo
     rotate_(q_UO.view(len(q_UO), -1, width), *turn_U, inverse=inverse)
     k_TJD = kv_TO.view(len(kv_TO), -1, width)[:, : layer.kv_heads]
     rotate_(k_TJD, call.cos_TP, call.sin_TP, inverse=inverse)
-
-
-def _to_host(x: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory, pinned where a GPU will fetch it."""
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-    return host.copy_(x, non_blocking=True)

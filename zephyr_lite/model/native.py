@@ -1,12 +1,15 @@
-"""Engine `native`: the decoder's layers by our own operations, for Mistral, Llama and Qwen2.
+"""Engine `native`: the decoder's layers by our own operations, for Mistral, Llama, Qwen2 and Qwen3.
 
-It reads a transformers model with PEFT adapters and runs it; nothing of the model is replaced, so
-what is saved, exported or run by another engine is the same model. What it cannot run it refuses
-by name, and what it can it proves at start against transformers' own forward.
+It reads a transformers model with PEFT adapters and runs it. Nothing of the model is replaced, but
+that the weights of linears with one input become views of one matrix, which `undo` takes back: what
+is saved, exported or run by another engine is the same model. Adapters are read anew for every
+forward, those too that are attached later. What it cannot run it refuses by name, and what it can
+it proves at start against transformers' own forward.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -17,31 +20,37 @@ from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.layout import pair_layout
 from zephyr_lite.errors import MachineError
 from zephyr_lite.model.attention import DeviceLayout, to_device
-from zephyr_lite.model.frozen_weights import Slot
+from zephyr_lite.model.frozen_weights import Gemm, Slot
+from zephyr_lite.model.head_norms import HeadNorms
 from zephyr_lite.model.hf import HfEngine
+from zephyr_lite.model.host_store import HostStore
 from zephyr_lite.model.layer import Call, Layer, Saved, run
 from zephyr_lite.model.projections import Group
 
-FAMILIES = ("mistral", "llama", "qwen2")
+FAMILIES = ("mistral", "llama", "qwen2", "qwen3")
 # Rotary embeddings that are a fixed function of the position.
 STATIC_TURNS = ("default", "linear", "llama3")
 # Relative error allowed against transformers' forward, which rounds where we do not.
 SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+GROUPS = ("qkv", "o", "gate_up", "down")
 SEED_STEP = 32  # a layer draws its dropout masks from this many consecutive seeds
 
 
 class NativeEngine:
-    """Runs a PeftModel over Mistral, Llama or Qwen2 with a frozen base.
+    """Runs a PeftModel over Mistral, Llama or Qwen with a frozen base.
 
     Args:
         model: as PEFT wraps it. dtype: compute dtype of every product and of the residual stream.
         saved: what a layer keeps for its backward.
+        gemm: how products with frozen weights are computed; `self.gemm` may be set between calls.
     Raises: MachineError, naming what it is that the engine does not run.
     """
 
     name = "native"
 
-    def __init__(self, model: Any, dtype: torch.dtype, *, saved: Saved = "keep") -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, *, saved: Saved = "keep", gemm: Gemm = "exact"
+    ) -> None:
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.model, self.decoder = model, causal_lm.get_decoder()
         reason = refusal(causal_lm.config)
@@ -52,24 +61,44 @@ class NativeEngine:
             raise MachineError(f"engine native does not run this model: {reason}")
         self.dtype = dtype
         self.saved: Saved = saved
-        slots = {name: Slot() for name in ("qkv", "o", "gate_up", "down")}
+        self.gemm: Gemm = gemm
+        slots = {name: Slot() for name in GROUPS}
         self.layers = [_read(layer, dtype, slots) for layer in self.decoder.layers]
+        if gemm == "fp16acc":
+            for group in (group for layer in self.layers for group in layer.groups):
+                group.frozen.check_fp16()
         self.gain_D = self.decoder.norm.weight.detach().to(dtype)
         self.eps = float(self.decoder.norm.variance_epsilon)
         self.window = getattr(self.decoder.config, "sliding_window", None)
 
     def hidden(self, layout: DeviceLayout) -> torch.Tensor:
         """Final hidden states [T, D] of every row, normed."""
-        return self._run(layout, needed_only=False)
+        return self._run(layout, self.gemm, needed_only=False)
 
     def predicting(self, layout: DeviceLayout) -> torch.Tensor:
         """Final hidden states [N, D] of the rows that predict something, normed."""
         if layout.last is None:
-            return self._run(layout, needed_only=False)[layout.rows_N]
-        return self._run(layout, needed_only=True)[layout.last.scored_N]
+            return self._run(layout, self.gemm, needed_only=False)[layout.rows_N]
+        return self._run(layout, self.gemm, needed_only=True)[layout.last.scored_N]
+
+    def report(self) -> list[str]:
+        """What runs where: a line for each kind of layer and group."""
+        normed = ", q and k normed" if any(layer.head_norms for layer in self.layers) else ""
+        found = [f"{len(self.layers)} layers of model/layer.py, {self.saved}{normed}"]
+        for number, name in enumerate(GROUPS):
+            kinds = Counter(layer.groups[number].report() for layer in self.layers)
+            found += [f"{name} of {n} layers: {text}" for text, n in kinds.items()]
+        return found
+
+    def undo(self) -> None:
+        """Give the model's linears memory of their own again; the engine runs nothing after."""
+        for group in (group for layer in self.layers for group in layer.groups):
+            group.frozen.give_back(group.bases)
+        self.layers = []
 
     def self_test(self, device: torch.device) -> float:
-        """Relative error of a packed row with a shared prompt against engine `hf`.
+        """Relative error of a packed row with a shared prompt against engine `hf`, always exact:
+        what another arithmetic costs is measured by `gemm_probe`.
 
         Raises: MachineError when the two do not compute the same.
         """
@@ -78,9 +107,13 @@ class NativeEngine:
         prompt, chosen, rejected = (rng.integers(0, vocab_size, n) for n in (5, 4, 3))
         pairs = [EncodedPair(prompt, chosen, rejected)] * 2
         layout, hf = to_device(pair_layout(pairs), device), HfEngine(self.model)
-        hf.self_test(device)  # both attend by one function, which is proven by itself
-        with torch.no_grad():
-            ours, truth = self.hidden(layout).float(), hf.hidden(layout).float()
+        try:
+            hf.self_test(device)  # both attend by one function, which is proven by itself
+            with torch.no_grad():
+                ours = self._run(layout, "exact", needed_only=False).float()
+                truth = hf.hidden(layout).float()
+        finally:
+            hf.undo()
         error = ((ours - truth).norm() / truth.norm()).item()
         if not error <= SELF_TEST_TOLERANCE[self.dtype]:
             raise MachineError(
@@ -90,8 +123,9 @@ class NativeEngine:
             )
         return error
 
-    def _run(self, layout: DeviceLayout, *, needed_only: bool) -> torch.Tensor:
+    def _run(self, layout: DeviceLayout, gemm: Gemm, *, needed_only: bool) -> torch.Tensor:
         last = layout.last if needed_only else None
+        self._look_again()
         if self.window is not None and layout.longest > self.window:
             raise MachineError(
                 f"a sequence is longer than the model's attention window of {self.window} tokens",
@@ -101,6 +135,8 @@ class NativeEngine:
             x_TD = self.decoder.embed_tokens(layout.ids_T).to(self.dtype)
             cos_TP, sin_TP = self._turns(layout.positions_T)
             seed = int(torch.randint(2**30, ())) if self._has_dropout() else None
+            # Without a backward nothing is kept, and nothing need leave.
+            saved, host = self.saved if torch.is_grad_enabled() else "lean", HostStore()
             for number, layer in enumerate(self.layers):
                 is_last = last is not None and number == len(self.layers) - 1
                 call = Call(
@@ -108,12 +144,22 @@ class NativeEngine:
                     cos_TP=cos_TP,
                     sin_TP=sin_TP,
                     scale=layer.head_width**-0.5,
-                    saved=self.saved,
+                    saved=saved,
                     rows_U=last.rows_U if last is not None and is_last else None,
                     seed=None if seed is None else seed + SEED_STEP * number,
+                    gemm=gemm,
+                    host=host,
                 )
                 x_TD = run(x_TD, layer, call)
             return _norm(x_TD, self.gain_D, self.eps)
+
+    def _look_again(self) -> None:
+        """Follow PEFT, which wraps linears and unwraps them behind our back."""
+        if not self.layers:
+            raise MachineError("engine native: undone, it runs nothing", hint="make another engine")
+        for source, layer in zip(self.decoder.layers, self.layers, strict=True):
+            for modules, group in zip(_linears(source), layer.groups, strict=True):
+                group.follow(modules)
 
     def _turns(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, P] of every token, by the model's own rotary embedding, in fp32."""
@@ -152,25 +198,47 @@ def _norm(x_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
 
 def _read(layer: Any, dtype: torch.dtype, slots: dict[str, Slot]) -> Layer:
     """One layer of the model in our terms."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     if norms[0].variance_epsilon != norms[1].variance_epsilon:
         raise MachineError("engine native: a layer's two norms differ in epsilon")
     width = int(attention.head_dim)
-    inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-    qkv = Group(inputs, dtype, slots["qkv"])
+    modules = zip(_linears(layer), slots.values(), strict=True)
+    qkv, o, gate_up, down = (Group(linears, dtype, slot) for linears, slot in modules)
     return Layer(
         norm_attention=norms[0].weight.detach().to(dtype),
         norm_mlp=norms[1].weight.detach().to(dtype),
         eps=float(norms[0].variance_epsilon),
         qkv=qkv,
-        o=Group([attention.o_proj], dtype, slots["o"]),
-        gate_up=Group([mlp.gate_proj, mlp.up_proj], dtype, slots["gate_up"]),
-        down=Group([mlp.down_proj], dtype, slots["down"]),
+        o=o,
+        gate_up=gate_up,
+        down=down,
         heads=qkv.widths[0] // width,
         kv_heads=qkv.widths[1] // width,
         head_width=width,
+        head_norms=_head_norms(attention, dtype),
     )
+
+
+def _linears(layer: Any) -> tuple[tuple[Any, ...], ...]:
+    """Those of each group, in the order of `GROUPS`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
+
+
+def _head_norms(attention: Any, dtype: torch.dtype) -> HeadNorms | None:
+    if not hasattr(attention, "q_norm"):
+        return None
+    q, k = attention.q_norm, attention.k_norm
+    if q.variance_epsilon != k.variance_epsilon:
+        raise MachineError("engine native: the norms of q and k differ in epsilon")
+    gains = (norm.weight.detach().to(dtype) for norm in (q, k))
+    return HeadNorms(*gains, eps=float(q.variance_epsilon))
 
 
 def refusal(config: Any) -> str | None:

@@ -1,15 +1,18 @@
-"""A policy: base, adapters, engine and head together. What `train` and `evaluate` talk to."""
+"""A policy: base, adapters, engine and head together. What `train` and `evaluate` talk to.
+
+Products with frozen weights are exact wherever something is measured. Under `gemm: fp16acc` they
+are not in training, nor in what training compares itself with: see `Policy.as_trained`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from zephyr_kernels.attention import has_kernel
 from zephyr_kernels.linear_logprob import log_probs
 from zephyr_kernels.reference import linear_log_probs, logits_of
 
@@ -17,7 +20,8 @@ from zephyr_lite.data.layout import Layout, document_layout
 from zephyr_lite.errors import MachineError
 from zephyr_lite.model.adapters import activate, set_dropout, trainable_tensors
 from zephyr_lite.model.attention import DeviceLayout, to_device
-from zephyr_lite.model.engines import Engine, make_engine
+from zephyr_lite.model.engines import Engine, choose_attention, make_engine
+from zephyr_lite.model.frozen_weights import Gemm
 from zephyr_lite.recipe import Memory
 
 
@@ -27,6 +31,8 @@ class Policy:
 
     model: a PeftModel, or a bare causal LM whose own weights train (pre-training).
     adapter: name of the adapter that trains; None when the base itself does or nothing does.
+    gemm: how products with frozen weights are computed in training.
+    attention: what computes it: `flash`, `xformers`, or `dense` where the GPU has no such kernel.
     """
 
     model: Any
@@ -36,6 +42,9 @@ class Policy:
     dtype: torch.dtype
     adapter: str | None
     chunk_rows: int
+    gemm: Gemm = "exact"
+    attention: str = "flash"
+    _is_as_trained: bool = field(default=False, init=False)
 
     @property
     def vocab_size(self) -> int:
@@ -47,14 +56,6 @@ class Policy:
         """Context length that the base was trained for, tokens."""
         return int(self.engine.decoder.config.max_position_embeddings)
 
-    @property
-    def attention(self) -> str:
-        """What computes attention: `flash`, or `dense` where the GPU has no such kernel."""
-        config = self.engine.decoder.config
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        return "flash" if has_kernel(self.device, self.dtype, width) else "dense"
-
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Name -> parameter of everything that trains; all fp32."""
         return trainable_tensors(self.model)
@@ -65,8 +66,12 @@ class Policy:
         self.adapter = trainable
 
     def log_probs(self, layout: Layout, *, training: bool = False) -> torch.Tensor:
-        """logp_N of a layout's scored tokens, fp32 nats; with gradient when `training`."""
+        """logp_N of a layout's scored tokens, fp32 nats; with gradient when `training`.
+
+        Exact unless `training`, or in a block of `as_trained`.
+        """
         moved = to_device(layout, self.device)
+        self.engine.gemm = self.gemm if training or self._is_as_trained else "exact"
         set_dropout(self.model, self.adapter if training else None)
         with torch.set_grad_enabled(training), self.autocast():
             return self._log_probs(moved)
@@ -77,7 +82,11 @@ class Policy:
         return sum_by_sequence(logp_N, layout)
 
     def next_token_log_probs(self, ids: Sequence[int]) -> torch.Tensor:
-        """fp32 log-probs [len(ids), V] of the token after each position; an export equals them."""
+        """fp32 log-probs [len(ids), V] of the token after each position; an export equals them.
+
+        Always exact.
+        """
+        self.engine.gemm = "exact"
         document = (np.array(ids, np.int64), np.zeros(len(ids), bool))
         layout = to_device(document_layout([document]), self.device)
         set_dropout(self.model, None)
@@ -85,6 +94,20 @@ class Policy:
             hidden_TD = self.engine.hidden(layout)
         with torch.no_grad():
             return logits_of(hidden_TD, self.head_VD).log_softmax(-1)
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Log-probs in the block are by training's products though nothing trains: of the reference
+        of the pairs that are trained on, and of the audits that compare with it.
+
+        Only then are policy and reference the same bits before the first step, and later the part
+        of an arithmetic's error that both share cancels.
+        """
+        before, self._is_as_trained = self._is_as_trained, True
+        try:
+            yield
+        finally:
+            self._is_as_trained = before
 
     def _log_probs(self, layout: DeviceLayout) -> torch.Tensor:
         hidden_ND = self.engine.predicting(layout)
@@ -107,20 +130,27 @@ def make_policy(
     memory: Memory,
     *,
     engine: str = "native",
+    gemm: Gemm = "exact",
+    attention: Literal["auto", "xformers"] = "auto",
     self_test: bool = True,
 ) -> Policy:
     """Put an engine and a head on a model, and prove the engine on it.
 
-    Args: engine: see `engines.choose`, which says beforehand what a model can run on.
-    Raises: MachineError when the model's head cannot be taken as a plain matrix, when the engine
-        does not run this model, or when it does not compute what it should.
+    Args:
+        engine: see `engines.choose`, which says beforehand what a model can run on.
+        gemm: see `Policy`. attention: a GPU's; for the whole process.
+    Raises: MachineError when the model's head cannot be taken as a plain matrix, when the engine or
+        the attention does not run this model, or when it does not compute what it should.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = causal_lm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise MachineError(f"{type(causal_lm).__name__}: the head is not a matrix without bias")
-    made = make_engine(engine, model, dtype, memory.checkpointing)
-    policy = Policy(model, made, head.weight, device, dtype, None, memory.head_rows)
+    config = causal_lm.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    computes = choose_attention(attention, device, dtype, width)
+    made = make_engine(engine, model, dtype, memory.checkpointing, gemm)
+    policy = Policy(model, made, head.weight, device, dtype, None, memory.head_rows, gemm, computes)
     if self_test:
         set_dropout(model, None)  # noise is not a leak
         with policy.autocast():

@@ -6,6 +6,8 @@ The W_p of a group lie below each other in one matrix, so that one product serve
 adapters of all projections lie below each other too, so that X is read once for all ranks. The
 scale is folded into B, never B A into W: in bf16 that would round most of a young adapter away.
 
+Only the products with W are computed otherwise under `gemm: fp16acc`; all that LoRA adds is not.
+
 An adapter that is attached and not active has zeros for its B: policy and reference then have
 the same columns, and with B = 0 they are the same numbers bit for bit.
 
@@ -19,9 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from zephyr_kernels import fp16acc
 from zephyr_kernels.lora import Dropout, Span, a_backward, input_backward_, rank_backward, shrink
 
-from zephyr_lite.model.frozen_weights import FrozenWeight, Slot
+from zephyr_lite.errors import MachineError
+from zephyr_lite.model.frozen_weights import FrozenWeight, Gemm, Slot
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,23 @@ class Lora:
     pieces: tuple[Piece, ...]
 
     @property
-    def trains(self) -> bool:
-        """Whether some adapter of it does."""
-        return any(piece.trains for piece in self.pieces)
+    def trained(self) -> slice | None:
+        """Its columns from the first that trains to the last; None where none does."""
+        columns = [piece.columns for piece in self.pieces if piece.trains]
+        return slice(columns[0].start, columns[-1].stop) if columns else None
 
 
 @dataclass(frozen=True)
 class Stack:
-    """All adapters of a group in the compute dtype; R may be 0. spans: which ranks see dropout."""
+    """All adapters of a group in the compute dtype; R may be 0.
+
+    spans: which ranks see dropout. gemm: of the products with W, in a forward and its backward.
+    """
 
     a_RI: torch.Tensor
     loras: tuple[Lora, ...]
     spans: tuple[Span, ...]
+    gemm: Gemm = "exact"
 
     @property
     def trainable(self) -> tuple[torch.nn.Parameter, ...]:
@@ -101,16 +110,42 @@ class Group:
         self, modules: Sequence[Any], dtype: torch.dtype, slot: Slot | None = None
     ) -> None:
         self.modules, self.dtype = tuple(modules), dtype
-        bases = [getattr(m, "base_layer", m) for m in modules]
-        self.widths = tuple(int(b.out_features) for b in bases)
-        self.frozen = FrozenWeight(bases, dtype, slot)
+        self.bases = _bases(modules)
+        self.widths = tuple(int(b.out_features) for b in self.bases)
+        self.frozen = FrozenWeight(self.bases, dtype, slot)
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The group as one part."""
         return (Part(0, sum(self.widths)),)
 
-    def stack(self, seed: int | None) -> Stack:
+    def follow(self, modules: Sequence[Any]) -> None:
+        """Read adapters from the modules that stand there now: a first adapter wraps its linear.
+
+        Raises: MachineError when a linear itself was replaced, or an adapter merged into one.
+        """
+        if any(getattr(m, "merged", False) for m in modules):
+            raise MachineError(
+                "engine native: an adapter was merged into the frozen weights",
+                hint="unmerge it: the engine adds it by itself",
+            )
+        if any(a is not b for a, b in zip(_bases(modules), self.bases, strict=True)):
+            raise MachineError(
+                "engine native: a linear of the model was replaced after the engine had read it",
+                hint="make another engine",
+            )
+        self.modules = tuple(modules)
+
+    def report(self) -> str:
+        """What the group multiplies with, for a person: the frozen matrix and ranks by adapter."""
+        ranks: dict[str, list[int]] = {}
+        for module in self.modules:
+            for name, half in getattr(module, "lora_A", {}).items():
+                ranks.setdefault(name, []).append(half.weight.shape[0])
+        found = [f"{name} r {'+'.join(map(str, r))}" for name, r in ranks.items()]
+        return ", ".join([self.frozen.kind, *found])
+
+    def stack(self, seed: int | None, gemm: Gemm = "exact") -> Stack:
         """The adapters as they are now; `seed` draws the dropout masks (None: no dropout)."""
         a_parts: list[torch.Tensor] = []
         loras: list[Lora] = []
@@ -136,7 +171,12 @@ class Group:
                 loras.append(Lora(outputs, ranks, torch.cat(b_parts, 1), tuple(pieces)))
             column += width
         a_RI = torch.cat(a_parts) if a_parts else torch.empty(0, 0)
-        return Stack(a_RI, tuple(loras), tuple(spans))
+        return Stack(a_RI, tuple(loras), tuple(spans), gemm)
+
+
+def product(x_TK: torch.Tensor, weight_KN: torch.Tensor, gemm: Gemm) -> torch.Tensor:
+    """x @ weight in x's dtype, for a weight that `FrozenWeight.weight` gave for this `gemm`."""
+    return torch.mm(x_TK, weight_KN) if gemm == "exact" else fp16acc.product(x_TK, weight_KN)
 
 
 def forward(
@@ -146,11 +186,11 @@ def forward(
 
     S is None where nothing adapts the group.
     """
-    weight_OI, bias_O = group.frozen.weight(), group.frozen.bias_O
+    weight_OI, bias_O = group.frozen.weight(stack.gemm), group.frozen.bias_O
     s_TR = shrink(x_TI, stack.a_RI, stack.spans) if stack.loras else None
     outputs = []
     for part in parts or group.parts:
-        y_UO = torch.mm(part.of(x_TI), weight_OI[part.start : part.stop].T)
+        y_UO = product(part.of(x_TI), weight_OI[part.start : part.stop].T, stack.gemm)
         if bias_O is not None:
             y_UO += bias_O[part.start : part.stop]
         if s_TR is not None:
@@ -188,7 +228,7 @@ def backward(
 ) -> Returned:
     """dS = dY B;  dB = dY' S;  dX = dY W + mask (dS A). `adapter_gradients` is the rest."""
     parts = parts or group.parts
-    dx_TI = _base_backward(dys, group, parts) if wants_dx else None
+    dx_TI = _base_backward(dys, group, parts, stack.gemm) if wants_dx else None
     if s_TR is None:
         return Returned(dx_TI, None, ())
     is_whole = all(part.rows_U is None for part in parts)
@@ -197,7 +237,9 @@ def backward(
     for dy_UO, part in zip(dys, parts, strict=True):
         s_UR = part.of(s_TR)
         for lora, at in part.inside(stack):
-            ds_UR, db_OR = rank_backward(dy_UO[:, at], s_UR[:, lora.ranks], lora.b_OR, lora.trains)
+            columns = lora.trained
+            s_trained = s_UR[:, lora.ranks] if columns is None else s_UR[:, lora.ranks][:, columns]
+            ds_UR, db_OR = rank_backward(dy_UO[:, at], s_trained, lora.b_OR, columns is not None)
             if part.rows_U is None:
                 ds_TR[:, lora.ranks] = ds_UR
             else:
@@ -209,39 +251,64 @@ def backward(
 
 
 def adapter_gradients(returned: Returned, x_TI: torch.Tensor, stack: Stack) -> list[torch.Tensor]:
-    """Gradients of `stack.trainable`, fp32: dA = dS' drop(X), and dB with the scale undone."""
+    """Gradients of `stack.trainable`, fp32: dA = dS' drop(X), and dB with the scale undone.
+
+    Of the ranks that train alone, of which `returned` has dB.
+    """
     if returned.ds_TR is None or not stack.trainable:
         return []
-    da_RI = a_backward(returned.ds_TR, x_TI, stack.spans)
-    grads = []
+    ds_TR, spans = _trained(returned.ds_TR, stack)
+    da_RI = a_backward(ds_TR, x_TI, spans)
+    grads, first = [], 0
     for lora, db_OR in zip(stack.loras, returned.db_OR, strict=True):
+        if lora.trained is None or db_OR is None:
+            continue
         for piece in lora.pieces:
-            if piece.trains and db_OR is not None:
-                grads.append(da_RI[lora.ranks][piece.columns])
-                grads.append(db_OR[:, piece.columns] * piece.scale)
+            at = slice(*(n - lora.trained.start for n in (piece.columns.start, piece.columns.stop)))
+            if piece.trains:
+                grads += [da_RI[first:][at], db_OR[:, at] * piece.scale]
+        first += db_OR.shape[1]
     return grads
 
 
+def _trained(ds_TR: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, tuple[Span, ...]]:
+    """dS of the ranks that train, side by side, and their dropout by their new places."""
+    parts, spans, done = [], [], 0
+    for lora in stack.loras:
+        if lora.trained is None:
+            continue
+        start, stop = (lora.ranks.start + n for n in (lora.trained.start, lora.trained.stop))
+        inside = [s for s in stack.spans if start <= s[0] and s[1] <= stop]
+        spans += [(a - start + done, b - start + done, dropout) for a, b, dropout in inside]
+        parts.append(ds_TR[:, start:stop])
+        done += stop - start
+    return ds_TR if done == ds_TR.shape[1] else torch.cat(parts, 1), tuple(spans)
+
+
 def _base_backward(
-    dys: Sequence[torch.Tensor], group: Group, parts: Sequence[Part]
+    dys: Sequence[torch.Tensor], group: Group, parts: Sequence[Part], gemm: Gemm
 ) -> torch.Tensor:
     """dY W, the parts of all rows first, so that the others add into theirs."""
-    weight_OI = group.frozen.weight()
+    weight_OI = group.frozen.weight(gemm)
     pairs = sorted(zip(dys, parts, strict=True), key=lambda pair: pair[1].rows_U is not None)
     dx_TI: torch.Tensor | None = None
     for dy_UO, part in pairs:
-        weight = weight_OI[part.start : part.stop]
+        dx_UI = product(dy_UO, weight_OI[part.start : part.stop], gemm)
         if dx_TI is None and part.rows_U is None:
-            dx_TI = torch.mm(dy_UO, weight)
+            dx_TI = dx_UI
         elif dx_TI is None:
             raise ValueError("no part of the group covers all rows")
         elif part.rows_U is None:
-            dx_TI.addmm_(dy_UO, weight)
+            dx_TI += dx_UI
         else:
-            dx_TI[part.rows_U] += torch.mm(dy_UO, weight)
+            dx_TI[part.rows_U] += dx_UI
     if dx_TI is None:
         raise ValueError(f"a group of {len(group.modules)} projections without a part")
     return dx_TI
+
+
+def _bases(modules: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(getattr(m, "base_layer", m) for m in modules)
 
 
 def _dropout_rate(module: Any, seed: int | None) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zephyr_lite.export.llama_cpp import LlamaCppModel
+from zephyr_lite.export.check.llama_cpp import LlamaCppModel
 from zephyr_lite.model.adapters import load_adapter
 from zephyr_lite.stages.context import Context
 from zephyr_lite.stages.export import final_stage, newest_gguf

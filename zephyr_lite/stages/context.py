@@ -17,7 +17,9 @@ import torch
 from zephyr_lite.data.chat import ChatTokenizer, load_tokenizer
 from zephyr_lite.data.sources import source_fingerprint
 from zephyr_lite.model.base import BaseFiles, compute_dtype, load_base, locate, prepare
-from zephyr_lite.model.engines import choose, choose_kernels
+from zephyr_lite.model.engines import choose, choose_gemm, choose_kernels
+from zephyr_lite.model.frozen_weights import Gemm
+from zephyr_lite.model.gemm_probe import probe
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.model.starting_point import StartingPoint, find_start
 from zephyr_lite.recipe import Base, Recipe, Source
@@ -38,7 +40,8 @@ class Context:
     device: torch.device
     listener: Listener
     stop: Stop
-    used: dict[str, str] = field(default_factory=dict)  # engine and kernels, once there is a policy
+    used: dict[str, Any] = field(default_factory=dict)  # engine, kernels, ... of the last policy
+    _gemm_figures: dict[str, Any] | None = None  # of the probe, once it has run
 
     @property
     def recipe(self) -> Recipe:
@@ -107,17 +110,43 @@ class Context:
         """The frozen base, freshly loaded."""
         return load_base(self.base, self.base_settings, self.device)
 
-    def policy(self, model: Any) -> Policy:
-        """A policy over a model."""
+    def training_policy(self, model: Any) -> Policy:
+        """A policy that trains, or computes what training compares itself with.
+
+        Raises: MachineError where the recipe's `gemm` is not for this machine.
+        """
+        return self.policy(model, choose_gemm(self.recipe.gemm, self.engine, self.device))
+
+    def policy(self, model: Any, gemm: Gemm = "exact") -> Policy:
+        """A policy over a model; what is only measured needs no other `gemm` than exact."""
         kernels, memory = self.kernels, self.recipe.memory
-        policy = make_policy(model, self.dtype, self.device, memory, engine=self.engine)
+        policy = make_policy(
+            model,
+            self.dtype,
+            self.device,
+            memory,
+            engine=self.engine,
+            gemm=gemm,
+            attention=self.recipe.attention,
+        )
         if policy.attention == "dense" and "attention" not in self.used:
             self.listener.note(
                 f"attention: this GPU has no flash kernel for {self.dtype}; "
                 "the plain definition computes, slower and in memory quadratic in a row's tokens"
             )
         self.used = {"engine": self.engine, "kernels": kernels, "attention": policy.attention}
+        self.used |= {"gemm": gemm, "layers": policy.engine.report()}
+        if gemm != "exact":
+            self.used["gemm_probe"] = self._probe(policy)
         return policy
+
+    def _probe(self, policy: Policy) -> dict[str, Any]:
+        """Figures of the probe of the recipe's `gemm`, once per command."""
+        if self._gemm_figures is None:
+            self._gemm_figures = probe(policy.engine, self.recipe.memory.tokens_per_micro_batch)
+            gain = self._gemm_figures["gain"]
+            self.listener.note(f"gemm: {policy.gemm}: {gain:.2f} times as fast as exact products")
+        return self._gemm_figures
 
     @cached_property
     def engine(self) -> str:

@@ -28,6 +28,7 @@ from zephyr_lite.stages.context import Context
 from zephyr_lite.stages.reference import Side
 from zephyr_lite.storage import open_sealed, read_json, seal_digest, sealed_folder
 from zephyr_lite.train.loop import Job
+from zephyr_lite.train.masters import check_place
 from zephyr_lite.train.objectives import Preference
 
 ADAPTER = "dpo"
@@ -96,6 +97,14 @@ def check_inputs(ctx: Context) -> None:
     settings, feedback = ctx.recipe.dpo, ctx.recipe.data.feedback
     if settings is None or feedback is None:
         return
+    if ctx.recipe.engine == "unsloth":
+        raise RecipeError(
+            "engine: unsloth trains dSFT only. In dDPO it computes a pair's prompt twice, its "
+            "reference is a second copy of the SFT adapter in place of log-probs stored once, and "
+            "it patches the libraries of the process that it is in",
+            hint="--set engine=native --set sft.engine=unsloth",
+        )
+    check_place("dpo", settings, ctx.recipe.memory.optimizer)
     if settings.keep == "best" and not (feedback.eval or feedback.holdout):
         raise RecipeError(
             "dpo.keep: best needs held-out pairs, and data.feedback has neither eval nor holdout",
@@ -116,14 +125,14 @@ def _load(ctx: Context, settings: Dpo) -> _Stack:
         model, frozen = load_adapter(model, sft.ADAPTER, parent), [sft.ADAPTER]
         if settings.adapter == "continue":
             model = load_adapter(model, ADAPTER, parent)
-            return _Stack(ctx.policy(model), frozen, [ADAPTER])
+            return _Stack(ctx.training_policy(model), frozen, [ADAPTER])
     model = add_adapter(model, ADAPTER, settings.lora, ctx.recipe.seed + 1)
-    return _Stack(ctx.policy(model), frozen, [*frozen, ADAPTER])
+    return _Stack(ctx.training_policy(model), frozen, [*frozen, ADAPTER])
 
 
 def _fields(ctx: Context, settings: Dpo) -> dict[str, Any]:
     """Fields of the recipe that affect the result: `eval_every` too, where the best is kept."""
-    fields = ctx.run.fields("seed", "base", "dpo", "engine")
+    fields = ctx.run.fields("seed", "base", "dpo", "engine", "gemm")
     if settings.keep == "best":
         fields["dpo.eval_every"] = settings.eval_every
     return fields
@@ -154,6 +163,7 @@ def _job(ctx: Context, policy: Policy, settings: Dpo, train: Side, held_out: Sid
         stop=ctx.stop,
         evaluate=evaluate,
         rank=_by_accuracy if settings.keep == "best" else None,
+        masters=ctx.recipe.memory.optimizer,
     )
 
 
@@ -177,10 +187,11 @@ def _audit(ctx: Context, stack: _Stack, settings: Dpo, train: Side) -> dict[str,
     chosen = np.linspace(0, len(train.pairs) - 1, n).astype(int).tolist()
     pairs: list[EncodedPair] = [train.pairs[i] for i in chosen]
     budget = ctx.recipe.memory.tokens_per_micro_batch
-    stack.policy.use(stack.frozen)
-    fresh_chosen_P, fresh_rejected_P = pair_log_probs(stack.policy, pairs, budget)
-    stack.train()
-    policy_chosen_P, policy_rejected_P = pair_log_probs(stack.policy, pairs, budget)
+    with stack.policy.as_trained():
+        stack.policy.use(stack.frozen)
+        fresh_chosen_P, fresh_rejected_P = pair_log_probs(stack.policy, pairs, budget)
+        stack.train()
+        policy_chosen_P, policy_rejected_P = pair_log_probs(stack.policy, pairs, budget)
     fresh = ReferenceLogProbs(
         fresh_chosen_P, fresh_rejected_P, stored.chosen_len_P[chosen], stored.rejected_len_P[chosen]
     )

@@ -1,50 +1,57 @@
-"""Export: the adapter folded into the base's own NF4 values, written as GGUF, loaded and checked.
+"""Export: the adapter folded into the base's own values, written as GGUF, loaded and checked.
 
-base bytes + one fp32 sum of the adapter -> GGUF -> llama.cpp -> export/report.json
+base bytes + one fp32 sum of the adapter -> files under .part -> llama.cpp -> final names, report
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
+from zephyr_lite import __version__
 from zephyr_lite.data.chat import ZEPHYR_TEMPLATE, render, template_hash
-from zephyr_lite.data.report import Report
 from zephyr_lite.data.sources import Row, read_rows
-from zephyr_lite.data.split import is_held_out
-from zephyr_lite.data.token_store import read_corpus
 from zephyr_lite.errors import DataError, RecipeError
-from zephyr_lite.export.fold import FoldedModel
-from zephyr_lite.export.gguf import write_gguf
-from zephyr_lite.export.llama_cpp import LlamaCppModel
-from zephyr_lite.export.ollama import modelfile
-from zephyr_lite.export.safetensors import write_merged
-from zephyr_lite.export.verify import ExportMismatch, verify_gguf
+from zephyr_lite.export import ollama
+from zephyr_lite.export.artefacts import (
+    REPORT,
+    Source,
+    Truth,
+    architecture_of,
+    has_llama_cpp,
+    make,
+)
+from zephyr_lite.export.card import model_card
+from zephyr_lite.export.check.llama_cpp import LlamaCppModel
+from zephyr_lite.export.folders.sharded import refuse_bnb_merged
+from zephyr_lite.export.weights.base_weights import BaseWeights
+from zephyr_lite.export.weights.fold import FoldedModel
+from zephyr_lite.export.weights.same_base import same_architecture
 from zephyr_lite.model.adapters import load_adapter
+from zephyr_lite.model.base import locate
 from zephyr_lite.model.policy import Policy
-from zephyr_lite.stages import aif, sft
+from zephyr_lite.stages.comparison import comparisons
 from zephyr_lite.stages.context import Context
-from zephyr_lite.storage import file_digest, seal_digest, write_json
+from zephyr_lite.storage import digest, file_digest, is_sealed, seal_digest, write_text
 
 ANSWER_TOKENS = 96
-ROWS_PER_PROMPT = 20  # dialogues read to find one that leaves room for a comparison
-Messages = list[dict[str, str]]
 
 
-def run(ctx: Context, stage: str | None = None) -> None:
+def run(ctx: Context, stage: str | None = None, *, to_ollama: bool = False) -> None:
     """Write and check every file of the recipe's `export` section unless that was done before.
 
     Args:
-        stage: whose adapter to export, `dpo` or `sft`; by default the last one trained.
+        stage: whose adapter to export, `dpo` or `sft`; by default the last one trained. Another
+            one's files lie in a folder of its name.
+        to_ollama: also run `ollama create`.
     """
-    stage = final_stage(ctx, stage)
-    settings, adapter = ctx.recipe.export, ctx.adapter(stage)
+    last, stage = final_stage(ctx), final_stage(ctx, stage)
+    place = ("export",) if stage == last else ("export", stage)
+    adapter = ctx.adapter(stage)
     inputs = {
         "recipe": ctx.run.fields("export"),
         "stage": stage,
@@ -52,29 +59,21 @@ def run(ctx: Context, stage: str | None = None) -> None:
         "base": ctx.base.sha256,
         "template": template_hash(),
     }
-    if ctx.run.is_done("export", inputs, binding=False) and _intact(ctx):
-        return
-    with ctx.stage("export", inputs) as record:
-        model = FoldedModel(ctx.base.folder, adapter)
-        files = [_write(ctx, model, quant) for quant in settings.quants]
-        if settings.merged:
-            folder = ctx.run.path("export", "merged")
-            write_merged(model, ctx.base.folder, ZEPHYR_TEMPLATE, folder)
-        window = int(model.config.get("max_position_embeddings") or 2048)
-        length = ctx.recipe.sft.max_length if ctx.recipe.sft else 2048
-        text = modelfile(files[0]["file"], min(window, 2 * length))
-        ctx.run.path("export", "Modelfile").write_text(text, encoding="utf-8")
-        report: dict[str, Any] = {"stage": stage, "files": files}
-        ctx.write(report, "export", "report.json")
-        _check(ctx, stage, report)
-        record |= {"files": {f["file"]: f["sha256"] for f in files}}
-    for file in files:
-        path = ctx.run.path("export", file["file"])
-        ctx.listener.note(f"export: {path} ({file['bytes'] / 1e6:.1f} MB) {_verdict(file)}")
+    folder, key = ctx.run.path(*place), "-".join(place)
+    if not (ctx.run.is_done(key, inputs, binding=False) and _intact(ctx, key, folder)):
+        with ctx.stage(key, inputs) as record:
+            report = _make(ctx, stage, adapter, folder, _identity(ctx, inputs))
+            record |= {"files": {f["file"]: f["sha256"] for f in report["files"]}}
+            record |= {"folders": [f["folder"] for f in report["folders"]]}
+        _say(ctx, folder, report)
+    if to_ollama:
+        ctx.listener.note(ollama.create(ctx.recipe.name, folder))
 
 
 def check_inputs(ctx: Context) -> None:
-    """Raise DataError for a file that only the export reads, before anything is trained."""
+    """Raise what only the export refuses before anything is trained: a setting, a faulty file."""
+    if ctx.recipe.export.merged_dtype == "nf4":
+        refuse_bnb_merged()
     if ctx.recipe.export.questions:
         for row in read_rows(ctx.recipe.export.questions, offline=ctx.run.offline):
             _question(row)
@@ -97,11 +96,12 @@ def final_stage(ctx: Context, stage: str | None = None) -> str:
 
 def newest_gguf(folder: Path) -> Path | None:
     """The first file that the export report lists, if it is there."""
-    report = folder / "export" / "report.json"
+    report = folder / "export" / REPORT
     if not report.exists():
         return None
-    path = report.parent / json.loads(report.read_text(encoding="utf-8"))["files"][0]["file"]
-    return path if path.exists() else None
+    files = json.loads(report.read_text(encoding="utf-8"))["files"]
+    path = report.parent / files[0]["file"] if files else None
+    return path if path is not None and path.exists() else None
 
 
 def trained_policy(ctx: Context, stage: str) -> Policy:
@@ -114,142 +114,68 @@ def trained_policy(ctx: Context, stage: str) -> Policy:
     return policy
 
 
-def _write(ctx: Context, model: FoldedModel, quant: str) -> dict[str, Any]:
-    suffix = f"-{quant.upper()}.gguf"
-    out = ctx.run.path("export", ctx.recipe.name + suffix)
-    label = f"write {quant}"
-    ctx.listener.start(label, len(model.names()), 0)
+def _identity(ctx: Context, inputs: dict[str, Any]) -> str:
+    """Digest of what decides the bytes of any file, whichever others the recipe also names."""
+    sources = {name: inputs[name] for name in ("stage", "adapter", "base", "template")}
+    return digest([sources, ctx.recipe.export.base_weights, __version__])
 
-    def on_tensor(done: int, total: int) -> None:
-        ctx.listener.step({"tensor": done})
 
-    report = write_gguf(
-        model,
-        ctx.base.folder,
-        ZEPHYR_TEMPLATE,
-        out,
-        quant,  # pyright: ignore[reportArgumentType] - the recipe's literal
-        name=ctx.recipe.name,
-        on_tensor=on_tensor,
-    )
-    ctx.listener.end()
+def _make(
+    ctx: Context, stage: str, adapter: Path | None, folder: Path, identity: str
+) -> dict[str, Any]:
+    settings = ctx.recipe.export
+    model = FoldedModel(_base_folder(ctx), adapter)
+    source = Source(model, ctx.base.folder, ZEPHYR_TEMPLATE, ctx.recipe.name, identity, {})
+    truth = (lambda: _truth(ctx, stage)) if has_llama_cpp() else None
+    facts = {"stage": stage, "base_weights": settings.base_weights}
+    report = make(source, settings, folder, ctx.listener, truth, facts)
+    first = report["files"][0]["file"]
+    if settings.questions and truth is not None and settings.verify:
+        report["questions"] = _ask(ctx, folder / first, settings.questions)
+    elif settings.questions:
+        why = "export.verify is off" if truth is not None else "llama.cpp is not there"
+        ctx.listener.note(f"export: the questions are not asked: {why}")
+    window = architecture_of(model, settings.context_length).context_length
+    text = ollama.modelfile(first, window, eos=ctx.tokenizer.eos)
+    write_text(folder / "Modelfile", text)
+    write_text(folder / "README.md", model_card(ctx.run.manifest, report))
+    ctx.write(report, folder.name, REPORT)
     return report
 
 
-def _check(ctx: Context, stage: str, report: dict[str, Any]) -> None:
-    """Compare every file with the trained model; put the figures into the report."""
-    if importlib.util.find_spec("xllamacpp") is None:
-        report["verified"] = "no: llama.cpp is not installed (pip install 'zephyr-lite[llama]')"
-        ctx.listener.note(f"export: not verified, {report['verified'][4:]}")
-        ctx.write(report, "export", "report.json")
-        return
+def _base_folder(ctx: Context) -> Path:
+    """Where the weights are that the adapter is folded into."""
+    if ctx.recipe.export.base_weights == "nf4":
+        return ctx.base.folder
+    folder, _ = locate(ctx.base_settings, offline=ctx.run.offline)
+    if folder == ctx.base.folder and ctx.base.identity["quantization"] != "none":
+        raise RecipeError(
+            f"export.base_weights: original, but {ctx.base_name} is quantised already",
+            hint="leave it at nf4, or make a run over the 16-bit base",
+        )
+    same_architecture(BaseWeights(folder), BaseWeights(ctx.base.folder))
+    return folder
+
+
+def _truth(ctx: Context, stage: str) -> Truth:
     policy = trained_policy(ctx, stage)
-    compared = _comparisons(ctx, policy)
-    try:
-        for file in report["files"]:
-            file["verify"] = _verify(ctx, policy, compared, file["file"])
-    except ExportMismatch as error:
-        report["failed"] = error.report
-        raise
-    finally:
-        write_json(ctx.run.path("export", "report.json"), report)
-    if ctx.recipe.export.questions:
-        report["questions"] = _ask(ctx, report["files"][0]["file"], ctx.recipe.export.questions)
-        ctx.write(report, "export", "report.json")
-
-
-def _verify(
-    ctx: Context, policy: Policy, compared: list[tuple[Messages, list[int]]], name: str
-) -> dict[str, Any]:
-    ctx.listener.start(f"check {name}", len(compared), 0)
-    try:
-        return verify_gguf(
-            ctx.run.path("export", name),
-            policy.next_token_log_probs,
-            Tokenizer.from_file(str(ctx.base.folder / "tokenizer.json")),
-            ZEPHYR_TEMPLATE,
-            lambda messages: render(messages, True),
-            [prompt for prompt, _ in compared],
-            ctx.recipe.export.verify_tokens,
-            answers=[ids for _, ids in compared],
-            threads=torch.get_num_threads(),
-            on_prompt=lambda done, total: ctx.listener.step({"prompt": done}),
-        )
-    finally:
-        ctx.listener.end()
-
-
-def _comparisons(ctx: Context, policy: Policy) -> list[tuple[Messages, list[int]]]:
-    """Held-out prompts and the `verify_tokens` ids to follow behind each: teacher forcing.
-
-    The text is a held-out answer and, where it is shorter, the turns of the rows after it.
-    """
-    settings = ctx.recipe.export
-    rows = _held_out(ctx)
-    found = []
-    for at, (prompt, _) in enumerate(rows):
-        dialogue: Messages = []
-        for later, answer in rows[at:] + rows[:at]:
-            turns = later if not dialogue else [m for m in later if m["role"] != "system"]
-            dialogue = [*dialogue, *turns, {"role": "assistant", "content": answer}]
-            ids = ctx.tokenizer.encode_dialogue(dialogue).ids
-            start = len(ctx.tokenizer.encode_prompt(prompt))
-            if len(ids) >= start + settings.verify_tokens:
-                break
-        if start + settings.verify_tokens + 16 <= policy.max_positions:
-            found.append((prompt, ids[start : start + settings.verify_tokens].tolist()))
-        if len(found) == settings.verify_prompts:
-            break
-    if not found:
-        raise DataError(
-            f"none of {len(rows)} held-out prompts leaves room for {settings.verify_tokens} "
-            f"tokens in a context of {policy.max_positions}",
-            hint="lower export.verify_tokens",
-        )
-    return found
-
-
-def _held_out(ctx: Context) -> list[tuple[Messages, str]]:
-    """(prompt, answer) that no training step has seen; where nothing is held out, that is said."""
-    held_out, trained = _pair_rows(ctx) if ctx.recipe.data.feedback else _dialogue_rows(ctx)
-    if not held_out:
-        ctx.listener.note("export: nothing is held out, so files are compared on training prompts")
-    return held_out or trained
-
-
-def _pair_rows(ctx: Context) -> tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]]:
-    """(held out, trained on), from the preference pairs."""
-    held_out, trained = (
-        [([dict(m) for m in pair.prompt], pair.chosen) for pair in aif.read_pairs(ctx, side)]
-        for side in ("eval", "train")
+    compared = comparisons(ctx, policy.max_positions)
+    return Truth(
+        policy.next_token_log_probs,
+        lambda messages: render(messages, True, eos=ctx.tokenizer.eos),
+        [prompt for prompt, _ in compared],
+        [ids for _, ids in compared],
+        ctx.tokenizer.eos,
+        policy.dtype,
+        is_on_nf4=ctx.recipe.export.base_weights == "original"
+        and ctx.base.identity["quantization"] != "none",
     )
-    return held_out, trained
 
 
-def _dialogue_rows(ctx: Context) -> tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]]:
-    """(held out, trained on), from the dialogues; as dSFT splits them."""
-    split = ctx.recipe.data.dialogues
-    if split is None:
-        raise DataError("the recipe names no data to check the export with")
-    corpus = sft.corpus(ctx, split, "eval" if split.eval else "train")
-    enough = ROWS_PER_PROMPT * ctx.recipe.export.verify_prompts
-    sides: tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]] = ([], [])
-    for dialogue in read_corpus(corpus, ctx.tokenizer, Report(corpus.on_fault)):
-        is_trained = not split.eval and not is_held_out(dialogue.messages, split.holdout)
-        *prompt, answer = [dict(m) for m in dialogue.messages]
-        if len(sides[is_trained]) < enough:
-            sides[is_trained].append((prompt, answer["content"]))
-        if len(sides[0]) >= enough or (len(sides[1]) >= enough and not split.holdout):
-            break
-    return sides
-
-
-def _ask(ctx: Context, name: str, questions: str) -> dict[str, Any]:
+def _ask(ctx: Context, path: Path, questions: str) -> dict[str, Any]:
     """Answers of the exported file to the recipe's questions, judged by each row's rule."""
     answers = []
-    with LlamaCppModel(
-        ctx.run.path("export", name), n_ctx=1024, threads=torch.get_num_threads()
-    ) as model:
+    with LlamaCppModel(path, n_ctx=1024, threads=torch.get_num_threads()) as model:
         for row in read_rows(questions, offline=ctx.run.offline):
             prompt, accept = _question(row)
             text, stop = model.generate([{"role": "user", "content": prompt}], ANSWER_TOKENS)
@@ -273,15 +199,17 @@ def _question(row: Row) -> tuple[str, re.Pattern[str]]:
         raise DataError(f"`accept`: {error}", file=row.file, line=row.line) from None
 
 
-def _intact(ctx: Context) -> bool:
+def _intact(ctx: Context, key: str, folder: Path) -> bool:
     """Whether the files are as the manifest says."""
-    files: dict[str, str] = ctx.run.output("export", "files")
-    paths = {ctx.run.path("export", name): sha256 for name, sha256 in files.items()}
-    return all(p.exists() and file_digest(p) == sha256 for p, sha256 in paths.items())
+    files: dict[str, str] = ctx.run.output(key, "files")
+    paths = {folder / name: sha256 for name, sha256 in files.items()}
+    folders = [folder / name for name in ctx.run.output(key, "folders")]
+    same = all(p.exists() and file_digest(p) == sha256 for p, sha256 in paths.items())
+    return same and all(is_sealed(f) for f in folders)
 
 
-def _verdict(file: dict[str, Any]) -> str:
-    if "verify" not in file:
-        return "not verified"
-    drift = file["verify"]["drift"]
-    return f"verified: KL {abs(drift['kl_mean']):.1g} over {drift['positions']} positions"
+def _say(ctx: Context, folder: Path, report: dict[str, Any]) -> None:
+    for file in report["files"]:
+        verdict = file.get("summary", "not verified")
+        size = file["bytes"] / 1e6
+        ctx.listener.note(f"export: {folder / file['file']} ({size:.1f} MB) {verdict}")

@@ -1,11 +1,16 @@
 """Reference log-probs, once per (pair, reference): shared between runs, resumable by shard.
 
 pairs -> token ids -> what the cache lacks -> log-probs under the SFT model -> cache
+
+Pairs that are trained on are computed by training's own products (`gemm`), so that policy and
+reference are the same bits before the first step. Held-out figures are always exact, and so is the
+reference that they are taken against: under `gemm: fp16acc` that is a set of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +23,7 @@ from zephyr_lite.data.reference_cache import ReferenceCache, ReferenceLogProbs, 
 from zephyr_lite.errors import DataError
 from zephyr_lite.evaluate.preferences import pair_log_probs
 from zephyr_lite.model.adapters import adapter_identity, load_adapter
+from zephyr_lite.model.frozen_weights import Gemm
 from zephyr_lite.model.policy import Policy
 from zephyr_lite.recipe import Dpo
 from zephyr_lite.stages import aif, sft
@@ -37,34 +43,57 @@ class Side:
     reference: ReferenceLogProbs
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Pairs whose log-probs are of one set, and which of them its cache lacks."""
+
+    gemm: Gemm
+    cache: ReferenceCache
+    pairs: list[EncodedPair]
+    keys: list[bytes]
+    missing: list[int]
+
+    @classmethod
+    def open(cls, ctx: Context, gemm: Gemm, pairs: list[EncodedPair]) -> _Part:
+        """A set and what is wanted of it; damaged shards are told."""
+        cache = ReferenceCache(cache_folder() / "reference", set_key(ctx, gemm))
+        for shard in cache.damaged:
+            ctx.listener.note(f"reference: damaged shard set aside, computed again: {shard}")
+        keys = [pair_key(pair) for pair in pairs]
+        return cls(gemm, cache, pairs, keys, cache.missing(keys))
+
+
 def run(ctx: Context) -> tuple[Side, Side]:
     """Compute what the cache does not hold yet; (train, held out) with their log-probs."""
-    key = set_key(ctx)
-    rows = [_encode(ctx, side) for side in ("train", "eval")]
-    pairs = [pair for _, side in rows for pair in side]
-    keys = [pair_key(pair) for pair in pairs]
+    key, gemm = set_key(ctx), ctx.recipe.gemm
+    (train_ids, train), (eval_ids, held_out) = (_encode(ctx, side) for side in ("train", "eval"))
     inputs = {"set": key, "pairs": ctx.run.output("aif", "pairs")}
-    cache = ReferenceCache(cache_folder() / "reference", key)
-    for shard in cache.damaged:
-        ctx.listener.note(f"reference: damaged shard set aside, computed again: {shard}")
-    missing = cache.missing(keys)
+    if gemm == "exact":  # one set, filled in one go
+        parts = [_Part.open(ctx, gemm, train + held_out)]
+    else:
+        parts = [_Part.open(ctx, gemm, train), _Part.open(ctx, "exact", held_out)]
+    missing = sum(len(part.missing) for part in parts)
     if missing or not ctx.run.is_done("reference", inputs):
         with ctx.stage("reference", inputs) as record:
             if missing:
-                _compute(ctx, cache, keys, pairs, missing)
-            ctx.write({"set_key": cache.set_key, "key": key}, "reference", "key.json")
-            record |= {"set_key": cache.set_key, "computed": len(missing), "pairs": len(keys)}
-    (train_ids, train), (eval_ids, held_out) = rows
+                _compute(ctx, parts)
+            sets = [part.cache.set_key for part in parts]
+            ctx.write({"set_key": sets[0], "key": key, "sets": sets}, "reference", "key.json")
+            record |= {"set_key": sets[0], "sets": sets}
+            record |= {"computed": missing, "pairs": len(train) + len(held_out)}
+    known = [part.cache for part in parts]
     return (
-        Side(train_ids, train, cache.get(keys[: len(train)])),
-        Side(eval_ids, held_out, cache.get(keys[len(train) :])),
+        Side(train_ids, train, known[0].get([pair_key(pair) for pair in train])),
+        Side(eval_ids, held_out, known[-1].get([pair_key(pair) for pair in held_out])),
     )
 
 
-def set_key(ctx: Context) -> dict[str, Any]:
+def set_key(ctx: Context, gemm: Gemm | None = None) -> dict[str, Any]:
     """Everything a reference log-prob depends on besides the pair's ids, and nothing else.
 
     Truncation is not listed: it acts on the ids, which are the pair's own key.
+
+    Args: gemm: of the set; the recipe's by default, which is that of the pairs trained on.
     """
     parent = ctx.adapter("sft")
     return {
@@ -75,7 +104,8 @@ def set_key(ctx: Context) -> dict[str, Any]:
         "dtype": str(ctx.dtype),
         "engine": ctx.engine,
         "kernels": ctx.kernels,
-        "gemm": "exact",
+        "attention": ctx.recipe.attention,
+        "gemm": gemm or ctx.recipe.gemm,
         "device": ctx.device.type,
     }
 
@@ -101,8 +131,8 @@ def _reference_policy(ctx: Context) -> Policy:
     """The SFT model, or the base where there is no dSFT; nothing trains."""
     model, parent = ctx.load_model(), ctx.adapter("sft")
     if parent is None:
-        return ctx.policy(model)
-    policy = ctx.policy(load_adapter(model, sft.ADAPTER, parent))
+        return ctx.training_policy(model)
+    policy = ctx.training_policy(load_adapter(model, sft.ADAPTER, parent))
     policy.use([sft.ADAPTER])
     return policy
 
@@ -113,27 +143,26 @@ def _settings(ctx: Context) -> Dpo:
     return ctx.recipe.dpo
 
 
-def _compute(
-    ctx: Context,
-    cache: ReferenceCache,
-    keys: list[bytes],
-    pairs: list[EncodedPair],
-    missing: list[int],
-) -> None:
-    """Fill the cache shard by shard; a kill costs at most one."""
+def _compute(ctx: Context, parts: list[_Part]) -> None:
+    """Fill the caches shard by shard; a kill costs at most one."""
     policy = _reference_policy(ctx)
     budget = ctx.recipe.memory.tokens_per_micro_batch
-    shards = [missing[at : at + SHARD_PAIRS] for at in range(0, len(missing), SHARD_PAIRS)]
+    shards = [
+        (part, part.missing[at : at + SHARD_PAIRS])
+        for part in parts
+        for at in range(0, len(part.missing), SHARD_PAIRS)
+    ]
     ctx.listener.start("reference", len(shards), 0)
     with ctx.stop.deferred():
-        for shard in shards:
-            members = [pairs[i] for i in shard]
-            chosen_P, rejected_P = pair_log_probs(policy, members, budget)
+        for part, shard in shards:
+            members = [part.pairs[i] for i in shard]
+            with nullcontext() if part.gemm == "exact" else policy.as_trained():
+                chosen_P, rejected_P = pair_log_probs(policy, members, budget)
             lengths = [(len(p.chosen), len(p.rejected)) for p in members]
             chosen_len_P, rejected_len_P = np.array(lengths, np.int32).T
             values = ReferenceLogProbs(chosen_P, rejected_P, chosen_len_P, rejected_len_P)
-            cache.add([keys[i] for i in shard], values)
-            ctx.listener.step({"pairs": len(cache)})
+            part.cache.add([part.keys[i] for i in shard], values)
+            ctx.listener.step({"pairs": len(part.cache)})
             ctx.stop.check("reference stopped; finished shards are saved")
     ctx.listener.end()
 

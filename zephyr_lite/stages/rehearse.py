@@ -272,8 +272,9 @@ def _forget_reference(ctx: Context) -> None:
     Under the base itself, or a ready adapter, they are the run's own and stay.
     """
     entry = ctx.run.manifest["stages"].get("reference", {})
-    if ctx.recipe.sft and not ctx.recipe.sft.start and "set_key" in entry:
-        shutil.rmtree(cache_folder() / "reference" / entry["set_key"], ignore_errors=True)
+    if ctx.recipe.sft and not ctx.recipe.sft.start:
+        for name in entry.get("sets", ()):
+            shutil.rmtree(cache_folder() / "reference" / name, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- after

@@ -2,12 +2,17 @@
 
 dialogues -> tokens -> packed rows -> loop -> sft/adapter, sft/eval.json, sft/report.json
 
-In place of training, `sft.from` takes a finished adapter, which becomes sft/adapter, or a finished
-model, which becomes the base of everything after it. Both are measured on the held-out dialogues.
+Under engine `unsloth` another process trains; the rows, what is measured and what is saved are the
+same. In place of training, `sft.from` takes a finished adapter, which becomes sft/adapter, or a
+finished model, which becomes the base of everything after it. Both are measured on the held-out
+dialogues.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from copy import copy
 from typing import Any, Literal
 
 from zephyr_lite.data.chat import template_hash
@@ -16,9 +21,11 @@ from zephyr_lite.data.token_store import Corpus, Tokens, open_tokens
 from zephyr_lite.errors import DataError, RecipeError
 from zephyr_lite.evaluate.perplexity import evaluate_documents
 from zephyr_lite.model.adapters import add_adapter, load_adapter, save_adapter
+from zephyr_lite.model.engines import choose, choose_kernels
 from zephyr_lite.model.policy import Policy
 from zephyr_lite.model.starting_point import StartingPoint, compare_bases, quantised_again
 from zephyr_lite.recipe import Dialogues, Sft
+from zephyr_lite.run import CHECKPOINTS
 from zephyr_lite.stages.context import Context
 from zephyr_lite.storage import (
     cache_folder,
@@ -29,7 +36,9 @@ from zephyr_lite.storage import (
     write_text,
 )
 from zephyr_lite.train.loop import Job
+from zephyr_lite.train.masters import check_place
 from zephyr_lite.train.objectives import LanguageModelling
+from zephyr_lite.train.unsloth_process import UnslothJob, find_environment
 
 ADAPTER = "sft"
 
@@ -39,10 +48,26 @@ def run(ctx: Context) -> None:
     settings, split = ctx.recipe.sft, ctx.recipe.data.dialogues
     if settings is None:
         return
+    check_inputs(ctx)
     if ctx.start is not None:
         _take(ctx, ctx.start, settings)
     elif split is not None:
         _train(ctx, settings, split)
+
+
+def check_inputs(ctx: Context) -> None:
+    """Refuse what would otherwise be seen only when base and tokens are made.
+
+    Raises: RecipeError for an optimizer that does not run in host memory; MachineError without
+        an environment for Unsloth.
+    """
+    settings, entry = ctx.recipe.sft, ctx.run.manifest["stages"].get("sft", {})
+    if settings is None or settings.start is not None or entry.get("finished"):
+        return
+    if _trainer(ctx, settings) == "unsloth":
+        find_environment()
+    else:
+        check_place("sft", settings, ctx.recipe.memory.optimizer)
 
 
 def adapter_digest(ctx: Context) -> str | None:
@@ -51,38 +76,98 @@ def adapter_digest(ctx: Context) -> str | None:
 
 
 def _train(ctx: Context, settings: Sft, split: Dialogues) -> None:
-    inputs = _inputs(ctx, split)
+    inputs = _inputs(ctx, split, settings)
     if ctx.run.is_done("sft", inputs):
         open_sealed(ctx.run.path("sft", "adapter"))
         return
+    ctx = _with_own_engine(ctx, settings)
     with ctx.stage("sft", inputs) as record:
         train, held_out = _load(ctx, split)
-        policy = ctx.policy(add_adapter(ctx.load_model(), ADAPTER, settings.lora, ctx.recipe.seed))
+        rows, elsewhere = _pack(train, settings), None
+        if _trainer(ctx, settings) == "unsloth":
+            elsewhere = _unsloth_job(ctx, settings, train, rows)
+            elsewhere.run()  # before a base is loaded here: the GPU is that process's alone
+        model = add_adapter(ctx.load_model(), ADAPTER, settings.lora, ctx.recipe.seed)
+        policy = ctx.training_policy(model) if elsewhere is None else ctx.policy(model)
 
         def evaluate() -> dict[str, float]:
             return _evaluate(ctx, policy, settings, held_out)
 
         parent = _parent_figures(ctx, policy, evaluate)
         policy.use([ADAPTER], ADAPTER)
-        rows = _pack(train, settings)
-        budget = ctx.recipe.memory.tokens_per_micro_batch
-        job = Job(
-            label="sft",
-            policy=policy,
-            objective=LanguageModelling(train, rows, settings.loss_on, budget),
-            settings=settings,
-            folder=ctx.run.path("sft"),
-            seed=ctx.recipe.seed,
-            listener=ctx.listener,
-            stop=ctx.stop,
-            evaluate=evaluate,
-        )
-        figures = job.run()
+        if elsewhere is None:
+            budget = ctx.recipe.memory.tokens_per_micro_batch
+            objective = LanguageModelling(train, rows, settings.loss_on, budget)
+            figures = _job(ctx, policy, objective, settings, evaluate).run()
+        else:
+            figures = elsewhere.finish(policy.trainable(), evaluate)
+            record |= {"unsloth": elsewhere.environment.versions}
         with sealed_folder(ctx.run.path("sft", "adapter")) as part:
             save_adapter(policy.model, [ADAPTER], part, ctx.base_name)
         ctx.write({"base": parent, "sft": figures}, "sft", "eval.json")
         record |= {"adapter": seal_digest(ctx.run.path("sft", "adapter")), "figures": figures}
-    job.checkpoints().remove()
+    shutil.rmtree(ctx.run.path("sft", CHECKPOINTS), ignore_errors=True)
+
+
+def _job(
+    ctx: Context,
+    policy: Policy,
+    objective: LanguageModelling,
+    settings: Sft,
+    evaluate: Callable[[], dict[str, float]],
+) -> Job:
+    return Job(
+        label="sft",
+        policy=policy,
+        objective=objective,
+        settings=settings,
+        folder=ctx.run.path("sft"),
+        seed=ctx.recipe.seed,
+        listener=ctx.listener,
+        stop=ctx.stop,
+        evaluate=evaluate,
+        masters=ctx.recipe.memory.optimizer,
+    )
+
+
+def _unsloth_job(ctx: Context, settings: Sft, documents: Documents, rows: list[Row]) -> UnslothJob:
+    environment = find_environment()
+    ctx.listener.note(f"sft: trained by Unsloth {environment.versions['unsloth']}")
+    if settings.eval_every is not None:
+        ctx.listener.note("sft: under engine unsloth held-out loss is taken at the end only")
+    if ctx.recipe.memory.optimizer == "host":
+        ctx.listener.note("sft: under engine unsloth optimizer states stay on the GPU")
+    return UnslothJob(
+        environment=environment,
+        base=ctx.base,
+        dtype=ctx.dtype,
+        device=ctx.device,
+        documents=documents,
+        rows=rows,
+        settings=settings,
+        memory=ctx.recipe.memory,
+        folder=ctx.run.path("sft"),
+        seed=ctx.recipe.seed,
+        listener=ctx.listener,
+        stop=ctx.stop,
+    )
+
+
+def _trainer(ctx: Context, settings: Sft) -> str:
+    """The engine that trains: dSFT's own, or the recipe's."""
+    return settings.engine or ctx.recipe.engine
+
+
+def _with_own_engine(ctx: Context, settings: Sft) -> Context:
+    """The context of dSFT: its own engine runs the layers, where the recipe names one."""
+    if settings.engine is None:
+        return ctx
+    own = copy(ctx)
+    own.engine, reason = choose(settings.engine, ctx.base.folder)
+    own.kernels = choose_kernels(ctx.recipe.kernels, own.engine, ctx.device)
+    if reason:
+        ctx.listener.note(f"sft: engine {own.engine}: {reason}")
+    return own
 
 
 def _take(ctx: Context, start: StartingPoint, settings: Sft) -> None:
@@ -156,11 +241,15 @@ def _held_out(ctx: Context) -> Documents | None:
     return found.documents
 
 
-def _inputs(ctx: Context, split: Dialogues) -> dict[str, Any]:
+def _inputs(ctx: Context, split: Dialogues, settings: Sft) -> dict[str, Any]:
     data = ("data.dialogues", "data.decontaminate", "data.on_fault")
-    names = ("seed", "base", *data, "sft", "engine")
+    fields = ctx.run.fields("seed", "base", *data, "sft", "engine", "gemm")
+    del fields["sft.engine"]
+    fields["engine"] = trainer = _trainer(ctx, settings)  # whichever field names it
+    if trainer == "unsloth":
+        del fields["gemm"]  # its products are its own
     return {
-        "recipe": ctx.run.fields(*names),
+        "recipe": fields,
         "data": ctx.data_fingerprints(split.train, split.eval, ctx.recipe.data.decontaminate),
         "base": ctx.base.sha256,
         "template": template_hash(),

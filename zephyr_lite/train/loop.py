@@ -23,9 +23,10 @@ from zephyr_lite.model.policy import Policy
 from zephyr_lite.recipe import Training
 from zephyr_lite.stopping import Stop
 from zephyr_lite.train.checkpoint import Best, Checkpoints, Figures
+from zephyr_lite.train.masters import Masters, Place, make_masters
 from zephyr_lite.train.metrics import MetricsLog, peak_memory_gib
 from zephyr_lite.train.objectives import MicroBatch, Objective, Sums
-from zephyr_lite.train.optimizer import learning_rate, make_optimizer
+from zephyr_lite.train.optimizer import learning_rate
 
 
 class Listener(Protocol):
@@ -55,6 +56,7 @@ class Job:
     evaluate: figures on held-out rows, called during and after training.
     rank: what of those figures says which evaluation's weights are kept, more is better; None keeps
         the last step's.
+    masters: where fp32 masters and optimizer states live.
     """
 
     label: str
@@ -67,6 +69,7 @@ class Job:
     stop: Stop
     evaluate: Callable[[], Figures]
     rank: Callable[[Figures], tuple[float, ...]] | None = None
+    masters: Place = "device"
     _seconds: float = field(default=0.0, init=False)
 
     def run(self) -> dict[str, Any]:
@@ -75,10 +78,12 @@ class Job:
         With `rank`, `step` says whose weights those are, and `last` has the last step's figures.
         """
         parameters = self.policy.trainable()
-        optimizer = make_optimizer(self.settings, parameters)
+        masters = make_masters(self.settings, parameters, self.masters, self.policy.dtype)
         order = self._order()
         checkpoints, best = self.checkpoints(), Best(self.rank)
-        meta = checkpoints.restore(parameters, optimizer, best) or {"step": 0, "seconds": 0.0}
+        state = (masters.tensors, masters.optimizer)
+        meta = checkpoints.restore(*state, best) or {"step": 0, "seconds": 0.0}
+        masters.publish()
         done: int = meta["step"]
         self._seconds = meta["seconds"]
         self._warn_about_threads(meta)
@@ -88,13 +93,13 @@ class Job:
         try:
             with self.stop.deferred():
                 for step in range(done, order.total_steps):
-                    record = self._step(step, order, parameters, optimizer)
+                    record = self._step(step, order, parameters, masters)
                     finished = step + 1
                     final = finished == order.total_steps
                     evaluated = self._every(self.settings.eval_every, finished) and not final
                     if evaluated:
                         held_out = self.evaluate()
-                        best.offer(finished, held_out, parameters)
+                        best.offer(finished, held_out, masters.tensors)
                         record |= held_out
                     if self._every(self.settings.log_every, finished) or evaluated or final:
                         log.write(record)
@@ -106,9 +111,10 @@ class Job:
                         or self.stop.requested
                         or self._every(self.settings.checkpoint_every, finished)
                     ):
-                        checkpoints.save(finished, parameters, optimizer, self._meta(), best)
+                        checkpoints.save(finished, *state, self._meta(), best)
                         last_save = time.monotonic()
                     self.stop.check(f"{self.label} stopped after step {finished}; state is saved")
+            masters.release()  # what is measured now is what is kept
             figures: dict[str, Any] = self.evaluate()
             log.write({"step": order.total_steps} | figures)
         finally:
@@ -134,7 +140,7 @@ class Job:
         step: int,
         order: Order,
         parameters: dict[str, torch.nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        masters: Masters,
     ) -> dict[str, Any]:
         """One optimizer step; its metrics."""
         began = time.monotonic()
@@ -144,12 +150,9 @@ class Job:
             self._backward(micro, divisor, (self.seed, step, i)) for i, micro in enumerate(micros)
         ]
         rate = learning_rate(self.settings, step, order.total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.settings.max_grad_norm)
         self._refuse_nan(step, sums, micros, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        masters.step(rate)
         seconds = time.monotonic() - began
         self._seconds += seconds
         tokens = sum(m.layout.n_tokens for m in micros)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +32,12 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from zephyr_lite.export.fold import FoldedModel
+from zephyr_lite.export.check import verify as verify_module
+from zephyr_lite.export.check.texts import odd_strings
+from zephyr_lite.export.gguf.byte_level import LLAMA3, QWEN2
+from zephyr_lite.export.gguf.target import GgufTarget
+from zephyr_lite.export.streaming import stream
+from zephyr_lite.export.weights.fold import FoldedModel
 
 WORDS = [
     "the", "of", "and", "you", "friend", "once", "upon", "time", "user", "assistant", "system",
@@ -118,6 +134,31 @@ def tokenizer_spec() -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., dict[str, Any]]:
+    """`write_gguf(model, tokenizer_folder, template, out, quant)`: one file at once, checked by
+    nothing but its own re-reading; its entry of the report."""
+
+    def write(
+        model: FoldedModel, tokenizer_folder: Path, template: str, out: Path, quant: str
+    ) -> dict[str, Any]:
+        target = GgufTarget(
+            model, tokenizer_folder, template, out, quant, name="m", identity="", routes={}
+        )
+        target.part.unlink(missing_ok=True)  # what stands there may be of another model
+        (report,) = stream(model, [target])
+        target.commit()
+        return report
+
+    return write
+
+
+@pytest.fixture
+def fewer_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of the odd strings, where something else than tokens is looked at."""
+    monkeypatch.setattr(verify_module, "odd_strings", lambda special: odd_strings(special)[::8])
+
+
 @pytest.fixture
 def write_tokenizer(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     """Write a (spoilt) tokenizer.json into a folder of its own."""
@@ -158,6 +199,82 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     """The tokenizer of `tokenizer_folder`."""
     return Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+
+
+PROSE = (
+    "the quick brown fox jumps over the lazy dog and don't say it's we've they'll I'M 2024 12 345 "
+    "return assistant system user hello world once upon a time there were three little pigs "
+)
+
+
+def split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
+
+
+def gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def digits() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2()])
+
+
+LLAMA3_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>",
+]  # fmt: skip
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# name of the pre-tokenizer -> how it cuts, ignore_merges, NFC, special tokens, bos, eos
+STYLES: dict[str, dict[str, Any]] = {
+    "llama-bpe": {
+        "cut": split(LLAMA3), "ignore_merges": True, "special": LLAMA3_SPECIAL,
+        "bos": "<|begin_of_text|>", "eos": "<|eot_id|>", "adds_bos": True,
+    },
+    "dbrx": {"cut": split(LLAMA3), "special": CHATML, "eos": "<|endoftext|>"},
+    "qwen2": {"cut": split(QWEN2), "nfc": True, "special": CHATML, "eos": "<|im_end|>"},
+    "smollm": {"cut": digits(), "special": CHATML, "bos": "<|im_start|>", "eos": "<|im_end|>"},
+    "gpt-2": {"cut": gpt2(), "special": CHATML[:1], "bos": "<|endoftext|>", "eos": "<|endoftext|>"},
+}  # fmt: skip
+
+
+def trained(folder: Path, style: Mapping[str, Any]) -> Path:
+    """A tokenizer with the settings of a published one, trained on what it will be asked."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=style.get("ignore_merges", False)))
+    tokenizer.normalizer = normalizers.NFC() if style.get("nfc") else None
+    tokenizer.pre_tokenizer = style["cut"]
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        special_tokens=style["special"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([PROSE] * 20 + [*odd_strings()] * 2, trainer)
+    tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("⟦x⟧")])
+    if style.get("adds_bos"):
+        bos = style["bos"]
+        template = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+        byte_level = processors.ByteLevel(trim_offsets=True)
+        tokenizer.post_processor = processors.Sequence([byte_level, template])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": style.get("bos"), "eos_token": style["eos"], "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.fixture
+def byte_level_tokenizer(tmp_path: Path) -> Callable[..., Path]:
+    """`byte_level_tokenizer("qwen2", **changes)`: a new folder with one of `STYLES`."""
+
+    def make(style: str, **changes: Any) -> Path:
+        return trained(
+            Path(mkdtemp(prefix=f"{style}-", dir=tmp_path)), {**STYLES[style], **changes}
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """A decoder layer as plain composition under autograd, in any dtype: the truth of `model/layer.py`.
 
-    n1 = norm(x);  q, k, v = proj(n1);  turn q, k;  mid = x + proj_o(softmax(q k' / sqrt D) v)
+    n1 = norm(x);  q, k, v = proj(n1);  [norm and] turn q, k
+    mid = x + proj_o(softmax(q k' / sqrt D) v)
     y = mid + proj_down(silu(gate) up)      gate, up = proj(norm(mid))
 
 It reads transformers' layer and PEFT's adapters, computes every row under one dense mask, and uses
@@ -57,6 +58,8 @@ def layer_output(
         project(n1_TD, module, factors).unflatten(1, (-1, attention.head_dim))
         for module in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    if hasattr(attention, "q_norm"):
+        q_THD, k_TJD = norm(q_THD, attention.q_norm), norm(k_TJD, attention.k_norm)
     cos_TP, sin_TP = turned or turns(layout, attention.head_dim, x_TD.dtype)
     q_THD, k_TJD = turn(q_THD, cos_TP, sin_TP), turn(k_TJD, cos_TP, sin_TP)
     out_TO = attend(q_THD, k_TJD, v_TJD, who_sees_whom(layout)).flatten(1)
@@ -71,7 +74,7 @@ def norm(x_TD: torch.Tensor, module: Any) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * gain."""
     return (
         x_TD
-        * (x_TD.square().mean(1, keepdim=True) + module.variance_epsilon).rsqrt()
+        * (x_TD.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
         * (module.weight)
     )
 

@@ -15,6 +15,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from zephyr_lite.data.encoded import EncodedPair
@@ -40,6 +41,7 @@ BASES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama3": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3, tie_word_embeddings=True),
     "llama, biases": lambda: LlamaConfig(**SHAPE, attention_bias=True, rope_parameters=LINEAR),
     "qwen2": lambda: Qwen2Config(**SHAPE, rms_norm_eps=1e-3),
+    "qwen3": lambda: Qwen3Config(**SHAPE, rms_norm_eps=1e-3),
 }
 ADAPTERS: dict[str, dict[str, Any]] = {
     "sft": {"r": 4, "lora_alpha": 8},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +26,14 @@ from transformers import (
     StableLmConfig,
     StableLmForCausalLM,
 )
-from zephyr_kernels import backend
+from zephyr_kernels import _xformers, attention, backend
 
 from zephyr_lite.data.layout import Layout, document_layout, pair_layout
 from zephyr_lite.errors import MachineError
 from zephyr_lite.model import hf
 from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.model.attention import to_device
-from zephyr_lite.model.engines import choose_kernels
+from zephyr_lite.model.engines import choose_attention, choose_kernels
 from zephyr_lite.model.hf import ATTENTION_NAME, HfEngine
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.recipe import Lora, Memory
@@ -307,3 +308,36 @@ def test_kernels_that_cannot_run_are_an_error_only_where_they_are_required() -> 
         assert not backend.runs_triton(torch.empty(1))
     finally:
         backend.use("auto")
+
+
+def test_xformers_that_cannot_compute_is_refused_not_replaced(
+    monkeypatch: pytest.MonkeyPatch, tiny_mistral: Path
+) -> None:
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(tiny_mistral, dtype=torch.float32)
+    with pytest.raises(MachineError, match="attention: xformers: it needs a GPU") as found:
+        make_policy(model, torch.float32, CPU, Memory(), attention="xformers")
+    assert found.value.hint == "set attention=auto"
+    _xformers.fmha.cache_clear()
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", None)
+    with pytest.raises(MachineError, match=r"it cannot be imported \(.*xformers") as found:
+        choose_attention("xformers", gpu, half, 128)
+    assert found.value.hint == "pip install xformers, or set attention=auto"
+    monkeypatch.setattr(_xformers, "fmha", lambda: None)  # there, and without a kernel
+    monkeypatch.setattr(_xformers, "computes", lambda *_: False)
+    with pytest.raises(MachineError, match=r"nothing for heads of 128 in torch\.bfloat16 on this"):
+        choose_attention("xformers", gpu, half, 128)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert attention.computed_by(gpu, half, 128) == "flash", "a refusal leaves no choice behind"
+
+
+def test_the_attention_that_computes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    assert choose_attention("auto", CPU, torch.float32, 100) == "flash"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert choose_attention("auto", gpu, half, 128) == "flash"
+    assert choose_attention("auto", gpu, torch.float32, 128) == "dense"
+    monkeypatch.setattr(_xformers, "fmha", lambda: None)
+    monkeypatch.setattr(_xformers, "computes", lambda *_: True)
+    assert choose_attention("xformers", gpu, torch.float32, 128) == "xformers"
+    assert choose_attention("auto", gpu, half, 128) == "flash", "and can be taken back"

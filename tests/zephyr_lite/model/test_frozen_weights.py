@@ -16,7 +16,7 @@ from torch import nn
 from zephyr_lite.data.layout import pair_layout
 from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.model.attention import to_device
-from zephyr_lite.model.frozen_weights import FrozenWeight, Slot, dequantised, is_misread
+from zephyr_lite.model.frozen_weights import FrozenWeight, Gemm, Slot, dequantised, is_misread
 from zephyr_lite.model.layer import Saved
 from zephyr_lite.model.native import NativeEngine
 from zephyr_lite.recipe import Lora
@@ -192,9 +192,37 @@ def test_a_slot_dequantises_when_another_asks_and_only_then(calls: list[int]) ->
     assert large.weight().untyped_storage().data_ptr() == slot.buffer.data_ptr()
 
 
-@pytest.mark.parametrize("saved", ["keep", "lean", "offload"])
+def test_a_slot_changes_its_dtype_when_another_is_asked_for(calls: list[int]) -> None:
+    slot = Slot()
+    weights = [
+        FrozenWeight(quantised((9, 64), nested=True, dtype=torch.bfloat16), torch.bfloat16, slot)
+        for _ in range(2)
+    ]
+    wide = torch.empty(9, 64)
+    weights[0].dequantise(wide)
+    for frozen in weights:
+        as_on_a_gpu(frozen)
+    calls.clear()
+    for gemm, dtype in (("exact", torch.bfloat16), ("fp16acc", torch.float16)) * 2:
+        for frozen in (weights[0], weights[0], weights[1]):
+            found = frozen.weight(gemm)
+            assert found.dtype == dtype and torch.equal(found, wide.to(dtype)), "rounded once"
+        assert slot.buffer is not None and slot.buffer.dtype == dtype
+    assert len(calls) == 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("saved", "gemm"),
+    [("keep", "exact"), ("lean", "exact"), ("offload", "exact"), ("keep", "fp16acc"),
+     ("lean", "fp16acc")],
+)  # fmt: skip
 def test_no_layer_reads_a_weight_that_another_overwrote(
-    saved: Saved, load_tiny: Callable, shake: Callable, random_pairs: Callable, calls: list[int]
+    saved: Saved,
+    gemm: Gemm,
+    load_tiny: Callable,
+    shake: Callable,
+    random_pairs: Callable,
+    calls: list[int],
 ) -> None:
     """And each weight is dequantised twice a step: what is computed again shares the backward's."""
     layout = to_device(pair_layout(random_pairs([(9, 4, 12), (3, 6, 5)])), CPU)
@@ -202,10 +230,12 @@ def test_no_layer_reads_a_weight_that_another_overwrote(
     for shares in (False, True):
         model = add_adapter(load_tiny(), "dpo", Lora(r=4), seed=0)
         shake(model, "dpo")
-        engine = NativeEngine(model, torch.float32, saved=saved)
-        if shares:
-            for group in (g for layer in engine.layers for g in layer.groups):
+        engine = NativeEngine(model, torch.float32, saved=saved, gemm=gemm)
+        for group in (g for layer in engine.layers for g in layer.groups):
+            if shares:
                 as_on_a_gpu(group.frozen)
+            else:
+                group.frozen.slot = Slot()
         calls.clear()
         hidden = engine.predicting(layout)
         leaves = [p for p in model.parameters() if p.requires_grad]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from layer_truth import layer_output, relative, turns
 from random_bases import random_model
-from transformers import MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from zephyr_kernels import reference
 
 from zephyr_lite.data.encoded import EncodedPair
@@ -87,6 +87,9 @@ CASES = {
     "only layer": Case(is_first=True, trimmed=True, pairs=True),
     "biases": Case(config=Qwen2Config, adapters=BOTH, active=("sft", "dpo")),
     "biases, trimmed": Case(config=Qwen2Config, heads=(6, 3), trimmed=True, pairs=True),
+    "normed heads": Case(config=Qwen3Config, adapters=BOTH, active=("sft", "dpo")),
+    "normed heads, mqa": Case(config=Qwen3Config, heads=(4, 1), pairs=True, is_first=True),
+    "normed heads, trimmed": Case(config=Qwen3Config, heads=(6, 3), trimmed=True, pairs=True),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 Result = dict[str, torch.Tensor]
@@ -242,7 +245,7 @@ def mixed(case: Case) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["stacked", "trimmed pairs", "biases"])
+@pytest.mark.parametrize("name", ["stacked", "trimmed pairs", "biases", "normed heads"])
 def test_bf16_over_fp32_masters_is_as_close_as_the_composition(name: str) -> None:
     case, results = CASES[name], []
     layout, call = case.layout(), call_of(case, torch.float32, "keep")
@@ -354,13 +357,23 @@ def test_bytes_a_token_and_layer_at_mistral_7b(meta_models: dict[int, Any], rank
     assert bytes_per_token(meta_models[rank], "lean") == 8_192 <= 8_300
 
 
+def test_norms_of_heads_keep_nothing_more() -> None:
+    """What is kept of q and k is what was normed."""
+    with torch.device("meta"):
+        model = random_model(Qwen3Config(**MISTRAL_7B, head_dim=128), {}, (), None)
+    model = model.to(torch.bfloat16)
+    assert bytes_per_token(model, "keep") == 94_344
+    assert bytes_per_token(model, "lean") == 8_192
+
+
 def test_offload_keeps_nothing_of_the_tokens_on_the_device() -> None:
     model = STACKED.model(torch.float32)
     layer = NativeEngine(model, torch.float32).layers[0]
     x = random_like((STACKED.layout().n_tokens, 40), 1, torch.float32).requires_grad_()
     y: Any = run(x, layer, call_of(STACKED, torch.float32, "offload"))
     assert y.grad_fn.saved_tensors == () and y.grad_fn.kept is None
-    assert y.grad_fn.host.data_ptr() != x.data_ptr() and torch.equal(y.grad_fn.host, x)
+    host = y.grad_fn.held.host
+    assert host.data_ptr() != x.data_ptr() and torch.equal(host, x)
 
 
 def test_a_wrong_backward_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

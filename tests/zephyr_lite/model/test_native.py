@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from zephyr_lite.data.layout import Layout
 from zephyr_lite.model.attention import to_device
+from zephyr_lite.model.frozen_weights import Gemm
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.model.projections import Group
 from zephyr_lite.recipe import Memory
@@ -196,8 +197,8 @@ def test_no_two_masks_of_a_forward_are_one(monkeypatch: pytest.MonkeyPatch) -> N
     policy = policy_on("native", BASES["mistral"](), lora_dropout=0.2)
     stack_of = Group.stack
 
-    def spy(group: Group, seed: int | None) -> Any:
-        found = stack_of(group, seed)
+    def spy(group: Group, seed: int | None, gemm: Gemm) -> Any:
+        found = stack_of(group, seed, gemm)
         seeds.extend(drop.seed for *_, drop in found.spans)
         return found
 

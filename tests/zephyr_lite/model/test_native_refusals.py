@@ -13,8 +13,8 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, 
 from zephyr_kernels import attention
 
 from zephyr_lite.errors import MachineError, RecipeError
+from zephyr_lite.model import head_norms, native
 from zephyr_lite.model import layer as layer_module
-from zephyr_lite.model import native
 from zephyr_lite.model.adapters import set_dropout
 from zephyr_lite.model.base import accept_model
 from zephyr_lite.model.engines import SAVED, choose, make_engine
@@ -24,8 +24,11 @@ from zephyr_lite.model.native import NativeEngine, refusal
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (lambda: Gemma2Config(**SHAPE), "gemma2 is not one of mistral, llama, qwen2"),
-        (lambda: Qwen3Config(**SHAPE), "qwen3 is not one of mistral, llama, qwen2"),
+        (lambda: Gemma2Config(**SHAPE), "gemma2 is not one of mistral, llama, qwen2, qwen3"),
+        (
+            lambda: Qwen3Config(**SHAPE, use_sliding_window=True, max_window_layers=2),
+            "its layers differ in their attention patterns",
+        ),
         (lambda: LlamaConfig(**SHAPE, mlp_bias=True), "its feed-forward block has biases"),
         (lambda: LlamaConfig(**SHAPE, hidden_act="gelu"), "activation gelu"),
         (
@@ -39,7 +42,7 @@ from zephyr_lite.model.native import NativeEngine, refusal
             "its layers differ in their attention patterns",
         ),
     ],
-    ids=["gemma2", "qwen3", "mlp-bias", "activation", "dynamic-rope", "patterns"],
+    ids=["gemma2", "qwen3-patterns", "mlp-bias", "activation", "dynamic-rope", "patterns"],
 )
 def test_what_it_does_not_run_goes_to_hf_with_the_reason(
     config: Callable, reason: str, tmp_path: Path
@@ -151,6 +154,17 @@ def test_the_self_test_catches_a_wrong_operation(
     with pytest.raises(MachineError, match="disagrees with transformers on this Mistral") as found:
         NativeEngine(model, torch.float32).self_test(CPU)
     assert found.value.hint == "set engine=hf"
+
+
+@pytest.mark.parametrize("broken", [_no_gain, _large_eps])
+def test_the_self_test_catches_wrong_norms_of_heads(
+    broken: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(BASES["qwen3"](), ADAPTERS, ("sft",), None)
+    assert NativeEngine(model, torch.float32).self_test(CPU) < 1e-5
+    monkeypatch.setattr(head_norms, "rms_norm", broken)
+    with pytest.raises(MachineError, match="disagrees with transformers on this Qwen3"):
+        NativeEngine(model, torch.float32).self_test(CPU)
 
 
 def test_the_self_test_catches_an_attention_that_loses_the_prompt(

@@ -189,3 +189,62 @@ def test_nothing_is_folded_into_the_frozen_matrix() -> None:
     _, s_TR = projections.forward(x, group, group.stack(None))
     projections.backward([rows(2, 64)], s_TR, group, group.stack(None))
     assert torch.equal(group.frozen.weight(), torch.cat(before))
+
+
+def gradients(group: Group, current: Any, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    _, s_TR = projections.forward(x, group, current)
+    back = projections.backward([dy], s_TR, group, current)
+    return projections.adapter_gradients(back, x, current)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_only_ranks_that_train_are_differentiated(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dA and dB of a frozen adapter beside a trained one are nobody's."""
+    adapters = {"sft": SFT, "dpo": {**DPO, "lora_dropout": dropout}}
+    group = Group(modules_of(make(adapters, ("sft", "dpo"), "dpo")), torch.float32)
+    ranks = {"a": 0, "b": 0}
+    a_backward, rank_backward = projections.a_backward, projections.rank_backward
+
+    def spy_a(ds_TR: torch.Tensor, *rest: Any) -> torch.Tensor:
+        ranks["a"] += ds_TR.shape[1]
+        return a_backward(ds_TR, *rest)
+
+    def spy_b(dy: torch.Tensor, s_TR: torch.Tensor, *rest: Any) -> Any:
+        ranks["b"] += s_TR.shape[1]
+        return rank_backward(dy, s_TR, *rest)
+
+    monkeypatch.setattr(projections, "a_backward", spy_a)
+    monkeypatch.setattr(projections, "rank_backward", spy_b)
+    gradients(group, group.stack(5 if dropout else None), rows(1), rows(2, 64))
+    assert ranks == {"a": 3 + 5 + 3, "b": 3 + 5 + 3}
+
+
+@pytest.mark.parametrize("seed", [None, 9])
+@pytest.mark.parametrize("trained", [("one",), ("two",), ("one", "three"), ("one", "two", "three")])
+def test_what_trains_beside_and_between_frozen_ranks(
+    trained: tuple[str, ...], seed: int | None
+) -> None:
+    """The gradients of an adapter do not depend on which others train."""
+    adapters = {
+        "one": {"r": 2, "lora_dropout": 0.3},
+        "two": {"r": 3, "target_modules": ["q_proj", "k_proj"], "lora_dropout": 0.2},
+        "three": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    }
+    model = make(adapters, tuple(adapters), "one")
+    model.train()  # dropout in all three
+    group, x, dy = Group(modules_of(model), torch.float32), rows(1), rows(2, 64)
+    found = []
+    for names in (tuple(adapters), trained):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(
+                any(f"lora_A.{n}" in name or f"lora_B.{n}" in name for n in names)
+            )
+        current = group.stack(seed)
+        assert (current.spans == ()) == (seed is None)
+        grads = gradients(group, current, x, dy)
+        found.append({id(p): g for p, g in zip(current.trainable, grads, strict=True)})
+    every, some = found
+    assert len(some) == 2 * sum({"one": 3, "two": 2, "three": 2}[name] for name in trained)
+    assert all(relative(some[key], every[key]) < LIMIT_FP32 for key in some)

@@ -1,6 +1,7 @@
 """A process that has imported everything and forks a child per command line, read from stdin.
 
-Request  {"argv": [...], "env": {...}, "log": FILE}   answer {"pid": N}
+Request  {"argv": [...], "env": {...}, "log": FILE,
+          "without": [...]}: packages to hide         answer {"pid": N}
 Request  {"wait": N}                                  answer {"status": N}: exit code, or -signal
 
 No torch operation runs before the fork, so no OpenMP thread is lost in it.
@@ -41,6 +42,7 @@ def _run(main: object, request: dict) -> None:
         os.dup2(handle.fileno(), 1)
         os.dup2(handle.fileno(), 2)
     os.environ.update(request["env"])
+    sys.modules.update(dict.fromkeys(request.get("without", ())))  # None: cannot be imported
     import torch
 
     torch.set_num_threads(1)  # the thread count changes rounding; equality is asked for

@@ -124,6 +124,8 @@ def test_the_run_folder_is_not_in_the_key(recipe, key_of) -> None:
         ("base.double_quant", False),
         ("base.dtype", "bfloat16"),
         ("engine", "hf"),
+        ("gemm", "fp16acc"),
+        ("attention", "xformers"),
         ("sft", None),
     ],
 )
@@ -225,4 +227,4 @@ def test_every_field_of_the_key_is_one_of_these(recipe, adapter, tmp_path) -> No
         shutil.copytree(adapter, run.path("sft", "adapter"))
         key = reference.set_key(Context(run, CPU, Silent(), Stop()))
     names = {"version", "base", "adapter", "template", "dtype", "engine", "gemm", "device"}
-    assert set(key) == names | {"kernels"}
+    assert set(key) == names | {"kernels", "attention"}

@@ -1,0 +1,1 @@
+"""Is the file the trained model?"""

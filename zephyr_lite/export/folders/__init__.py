@@ -1,0 +1,1 @@
+"""Model folders of safetensors: merged, or packed to four bits."""

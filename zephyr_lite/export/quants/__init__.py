@@ -1,0 +1,1 @@
+"""fp32 weights as the bytes of GGML's types."""
