@@ -46,6 +46,8 @@ def make(work: Path, tokenizer: Path, layers: int) -> None:
 
 def ours(work: Path, quant: str, base: str, quantiser: str, out: Path) -> None:
     """Fold and write one GGUF as the export stage does, without the comparison that follows."""
+    import torch
+
     from zephyr_lite.data.chat import ZEPHYR_TEMPLATE
     from zephyr_lite.export.artefacts import Source, plan
     from zephyr_lite.export.streaming import stream
@@ -54,7 +56,8 @@ def ours(work: Path, quant: str, base: str, quantiser: str, out: Path) -> None:
 
     settings = Export.model_validate({"quants": [quant], "quantiser": quantiser})
     model = FoldedModel(work / base, work / "adapter")
-    source = Source(model, work / base, ZEPHYR_TEMPLATE, "model", "benchmark", {})
+    cpu = torch.device("cpu")
+    source = Source(model, work / base, ZEPHYR_TEMPLATE, "model", "benchmark", {}, cpu)
     targets = plan(source, settings, out)
     stream(model, targets)
     for target in targets:

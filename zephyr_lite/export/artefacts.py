@@ -44,7 +44,7 @@ class Source:
 
     tokenizer_folder: holds tokenizer.json. name: of the model, and what its files are called.
     identity: digest of everything that decides the bytes and is not in `Export`.
-    metadata: facts for the file's header, such as `license`.
+    metadata: facts for the file's header, such as `license`. device: where our own code quantises.
     """
 
     model: FoldedModel
@@ -53,6 +53,7 @@ class Source:
     name: str
     identity: str
     metadata: Mapping[str, str]
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def plan(source: Source, settings: Export, folder: Path) -> list[Target]:
             routes=routes,
             context_length=settings.context_length,
             metadata=source.metadata,
+            device=source.device,
         )
         for quant in dict.fromkeys(settings.quants)
     ]

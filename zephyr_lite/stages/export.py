@@ -125,7 +125,9 @@ def _make(
 ) -> dict[str, Any]:
     settings = ctx.recipe.export
     model = FoldedModel(_base_folder(ctx), adapter)
-    source = Source(model, ctx.base.folder, ZEPHYR_TEMPLATE, ctx.recipe.name, identity, {})
+    source = Source(
+        model, ctx.base.folder, ZEPHYR_TEMPLATE, ctx.recipe.name, identity, {}, ctx.device
+    )
     truth = (lambda: _truth(ctx, stage)) if has_llama_cpp() else None
     facts = {"stage": stage, "base_weights": settings.base_weights}
     report = make(source, settings, folder, ctx.listener, truth, facts)

@@ -108,7 +108,7 @@ def run(
         listener.note(f"export: {note}")
     sources = _sources(foreign, files, chat)
     name = _name(request.out)
-    source = Source(model, chat.tokenizer, chat.template, name, digest(sources), {})
+    source = Source(model, chat.tokenizer, chat.template, name, digest(sources), {}, device)
     truth = _truth(foreign, files, base, chat, device) if has_llama_cpp() else None
     inputs = {**sources, "settings": result_fields(settings)}
     facts = {"inputs": inputs, "base_weights": settings.base_weights}
