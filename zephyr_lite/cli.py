@@ -81,6 +81,7 @@ def run(
             rehearsal.run(ctx, shlex.join(words))
             return
         export.check_inputs(ctx)
+        sft.check_inputs(ctx)
         dpo.check_inputs(ctx)
         aif.run(ctx)  # first: a faulty row of feedback must not surface after a day of dSFT
         sft.run(ctx)

@@ -36,7 +36,7 @@ from zephyr_lite.model.base import locate
 from zephyr_lite.model.policy import Policy
 from zephyr_lite.stages.comparison import comparisons
 from zephyr_lite.stages.context import Context
-from zephyr_lite.storage import digest, file_digest, is_sealed, seal_digest, write_text
+from zephyr_lite.storage import digest, file_digest, is_sealed, seal_digest, write_json, write_text
 
 ANSWER_TOKENS = 96
 
@@ -141,7 +141,7 @@ def _make(
     text = ollama.modelfile(first, window, eos=ctx.tokenizer.eos)
     write_text(folder / "Modelfile", text)
     write_text(folder / "README.md", model_card(ctx.run.manifest, report))
-    ctx.write(report, folder.name, REPORT)
+    write_json(folder / REPORT, report)
     return report
 
 

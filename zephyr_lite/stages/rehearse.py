@@ -96,6 +96,7 @@ def run(ctx: Context, command: str) -> None:
     Raises: what a stage raises; its scratch folder is then kept and named.
     """
     export.check_inputs(ctx)
+    sft_stage.check_inputs(ctx)
     dpo_stage.check_inputs(ctx)
     counts = count_rows(ctx.recipe, offline=ctx.run.offline)
     with _scratch(ctx.listener.note) as folder:

@@ -21,7 +21,7 @@ from zephyr_lite.data.token_store import Corpus, Tokens, open_tokens
 from zephyr_lite.errors import DataError, RecipeError
 from zephyr_lite.evaluate.perplexity import evaluate_documents
 from zephyr_lite.model.adapters import add_adapter, load_adapter, save_adapter
-from zephyr_lite.model.engines import choose, choose_kernels
+from zephyr_lite.model.engines import choose, choose_gemm, choose_kernels
 from zephyr_lite.model.policy import Policy
 from zephyr_lite.model.starting_point import StartingPoint, compare_bases, quantised_again
 from zephyr_lite.recipe import Dialogues, Sft
@@ -66,8 +66,9 @@ def check_inputs(ctx: Context) -> None:
         return
     if _trainer(ctx, settings) == "unsloth":
         find_environment()
-    else:
-        check_place("sft", settings, ctx.recipe.memory.optimizer)
+        return
+    choose_gemm(ctx.recipe.gemm, _trainer(ctx, settings), ctx.device)
+    check_place("sft", settings, ctx.recipe.memory.optimizer)
 
 
 def adapter_digest(ctx: Context) -> str | None:

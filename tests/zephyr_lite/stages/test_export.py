@@ -128,10 +128,11 @@ def test_what_is_damaged_or_gone_is_made_again(export, run, name):
 
 def test_the_sft_models_files_leave_the_others_alone(export, run):
     assert export("--quant", "q8_0")[0] == 0
-    before = hashes(run / "export")
+    before, of_sft = hashes(run / "export"), hashes(run / "sft")
     status, text = export("--quant", "q8_0", "--stage", "sft")
     assert status == 0, text
     after = hashes(run / "export")
+    assert hashes(run / "sft") == of_sft, "the stage's own report is not the export's"
     assert before.items() <= after.items()
     names = ("micro-Q8_0.gguf", "Modelfile", "README.md", "report.json")
     assert after.keys() - before.keys() == {f"sft/{name}" for name in names}

@@ -70,7 +70,7 @@ def test_a_fault_is_reported_and_its_folder_is_kept(command, micro, home, tmp_pa
     assert "error: none of" in text and "hint: lower export.verify_tokens" in text
     assert f"the rehearsal failed; what it wrote is kept in {scratch}" in text
     assert "works on this machine" not in text and "Traceback" not in text
-    assert scratch is not None and (scratch / "run" / "export" / "micro-Q8_0.gguf").exists()
+    assert scratch is not None and (scratch / "run" / "export" / "micro-Q8_0.gguf.part").exists()
     shutil.rmtree(scratch)
     assert not (tmp_path / "real").exists()
 
