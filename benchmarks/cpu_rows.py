@@ -57,7 +57,7 @@ def describe(threads: int, *, toy: bool) -> dict[str, Any]:
     return {
         "benchmark": "cpu_vs_trl",
         "threads": threads,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "python": platform.python_version(),
         **{name: installed_version(name) for name in LIBRARIES},
         "load": round(os.getloadavg()[0], 2),
@@ -164,7 +164,7 @@ def _worst_difference(cases: Results) -> float:
     return max(max(_differences(losses, first[0])) for losses in first)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The CPU's name as the kernel gives it."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]

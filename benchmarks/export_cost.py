@@ -31,17 +31,19 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cpu_rows import _cpu_name as cpu_name
+from cpu_rows import cpu_name
 from gpu_rows import installed_version, read_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = Path(__file__).with_name("export_steps.py")
 QUANTS = ("f16", "q8_0", "q4_k_m", "q5_k_m", "q6_k")
+CONVERTED = ("f32", "bf16")  # types that llama.cpp's converter writes, and its quantiser does not
 SAMPLE_SECONDS = 0.02
 
 
@@ -74,6 +76,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's source tree")
     parser.add_argument("--llama-python", type=Path, help="a Python with llama-cpp-python")
     parser.add_argument("--quants", nargs="+", default=list(QUANTS))
+    parser.add_argument("--brief", action="store_true", help="ours by `auto` alone")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder for temporary files")
@@ -81,27 +84,25 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _round(arguments: argparse.Namespace, work: Path) -> list[tuple[str, dict[str, Any]]]:
+def _round(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(quant/route, figures) of every case, once."""
-    cases = []
     for quant in arguments.quants:
-        for base, quantiser in _ours(quant):
+        for base, quantiser in _ours(quant)[: 1 if arguments.brief else None]:
             out = work / "ours"
             command = [sys.executable, STEPS, "ours", work, quant, base, quantiser, out]
-            cases.append((f"{quant}/ours {base} {quantiser}", _measure([command], out, quant)))
+            yield f"{quant}/ours {base} {quantiser}", _measure([command], out, quant)
     if arguments.llama_cpp and arguments.llama_python:
-        cases += _usual(arguments, work)
-    return cases
+        yield from _usual(arguments, work)
 
 
 def _ours(quant: str) -> list[tuple[str, str]]:
     """(base, quantiser) to measure; both routes where there are two."""
     if quant in ("f16", "bf16", "f32", "q8_0"):
         return [("original", "auto"), ("nf4", "auto")]
-    return [("original", "ggml"), ("original", "torch"), ("nf4", "auto")]
+    return [("original", q) for q in ("auto", "ggml", "torch")] + [("nf4", "auto")]
 
 
-def _usual(arguments: argparse.Namespace, work: Path) -> list[tuple[str, dict[str, Any]]]:
+def _usual(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Merge and convert once, quantise to each type; a case sums the steps that it needs."""
     out, source = work / "usual", arguments.llama_cpp
     merged, f16 = out / "merged", out / "f16.gguf"
@@ -110,23 +111,26 @@ def _usual(arguments: argparse.Namespace, work: Path) -> list[tuple[str, dict[st
     own = os.environ.get("PYTHONPATH", "")
     environment = {"PYTHONPATH": f"{source / 'gguf-py'}{os.pathsep}{own}"}
     shared = [_step(merge, out), _step([*convert, "f16", "--outfile", f16], out, environment)]
-    cases = []
     for quant in arguments.quants:
+        if quant in CONVERTED:
+            continue
         final, steps = f16, list(shared)
         if quant != "f16":
             final = out / f"{quant}.gguf"
             command = [arguments.llama_python, STEPS, "quantise", f16, final, quant]
             steps.append(_step(command, out))
-        cases.append((f"{quant}/usual", _sum(steps, final.stat().st_size)))
+        yield f"{quant}/usual", _sum(steps, final.stat().st_size)
         if final != f16:
             final.unlink()
-    if "q8_0" in arguments.quants:  # the converter can write this type itself
-        f16.unlink()
-        final = out / "direct.gguf"
-        step = _step([*convert, "q8_0", "--outfile", final], out, environment)
-        cases.append(("q8_0/usual direct", _sum([shared[0], step], final.stat().st_size)))
+    f16.unlink()
+    for quant in arguments.quants:
+        if quant in (*CONVERTED, "q8_0"):  # the last one both can write
+            final = out / "direct.gguf"
+            step = _step([*convert, quant, "--outfile", final], out, environment)
+            name = f"{quant}/usual" + " direct" * (quant == "q8_0")
+            yield name, _sum([shared[0], step], final.stat().st_size)
+            final.unlink()
     shutil.rmtree(out)
-    return cases
 
 
 def _measure(commands: list[list[Any]], out: Path, quant: str) -> dict[str, Any]:
