@@ -5,7 +5,7 @@
       aif/pairs.parquet aif/report.json
       reference/key.json
       dpo/adapter/ dpo/metrics.jsonl dpo/eval.json dpo/checkpoints/
-      export/NAME-Q8_0.gguf export/Modelfile export/report.json
+      export/NAME-Q4_K_M.gguf export/Modelfile export/README.md export/report.json
 
 A stage's *inputs* are the recipe fields it reads and the hashes of its parents' outputs. Their hash
 is its fingerprint: the same command again does nothing when it matches, and is refused with a diff

@@ -109,7 +109,8 @@ def run(
     sources = _sources(foreign, files, chat)
     name = _name(request.out)
     source = Source(model, chat.tokenizer, chat.template, name, digest(sources), {}, device)
-    truth = _truth(foreign, files, base, chat, device) if has_llama_cpp() else None
+    rows = model.shape(EMBEDDING)[0]
+    truth = _truth(foreign, files, base, chat, device, rows) if has_llama_cpp() else None
     inputs = {**sources, "settings": result_fields(settings)}
     facts = {"inputs": inputs, "base_weights": settings.base_weights}
     modelfile = _modelfile(source, chat, settings)
@@ -219,11 +220,19 @@ def _sources(foreign: ForeignAdapter, files: BaseFiles, chat: Chat) -> dict[str,
 
 
 def _truth(
-    foreign: ForeignAdapter, files: BaseFiles, base: Base, chat: Chat, device: torch.device
+    foreign: ForeignAdapter,
+    files: BaseFiles,
+    base: Base,
+    chat: Chat,
+    device: torch.device,
+    rows: int,
 ) -> Callable[[], Truth]:
     def load() -> Truth:
+        model: Any = load_base(files, base, device)
+        if rows != model.get_input_embeddings().weight.shape[0]:  # the adapters bring their own
+            model.resize_token_embeddings(rows, mean_resizing=False)
         return Truth(
-            _peft_log_probs(load_base(files, base, device), foreign.folders),
+            _peft_log_probs(model, foreign.folders),
             chat.render,
             [[{"role": "user", "content": prompt}] for prompt in PROMPTS],
             None,
