@@ -208,7 +208,8 @@ def _export_adapters(
 
     from zephyr_lite.stages import export_adapter
 
-    listener, stop = watching(json, quiet), Stop()
+    stop = Stop()
+    listener = watching(json, quiet, stop)
     request = export_adapter.Request(tuple(adapters), base, out, settings, template)
     with stop.installed():
         try:

@@ -56,7 +56,8 @@ def opened(
 
     from zephyr_lite.stages.context import Context
 
-    listener, stop = watching(json, quiet), Stop()
+    stop = Stop()
+    listener = watching(json, quiet, stop)
     with stop.installed(), Run(recipe, folder, offline, writes, reuse, listener.note) as run:
         try:
             yield Context(run, torch.device(chosen), listener, stop)
@@ -64,11 +65,12 @@ def opened(
             listener.end()
 
 
-def watching(json: bool, quiet: bool) -> Listener:
-    """Who is told how far the work is."""
-    from zephyr_lite.report.progress import JsonProgress, QuietProgress, TerminalProgress
+def watching(json: bool, quiet: bool, stop: Stop) -> Listener:
+    """Who is told how far the work is, and hears there of a signal that was lost."""
+    from zephyr_lite.report import progress
 
-    return JsonProgress() if json else QuietProgress() if quiet else TerminalProgress()
+    plain = progress.QuietProgress() if quiet else progress.TerminalProgress()
+    return progress.AttentiveProgress(progress.JsonProgress() if json else plain, stop.safe_point)
 
 
 def prepare_libraries() -> None:

@@ -63,6 +63,14 @@ class Stop:
         if self.requested is not None:
             raise Stopped(state, exit_code=128 + self.requested, hint=RESUME)
 
+    def safe_point(self) -> None:
+        """Raise Interrupted where a signal came outside `deferred` and its exception was lost.
+
+        numpy, for one, clears whatever is raised while it looks up an attribute.
+        """
+        if self.requested is not None and not self._deferring:
+            raise Interrupted(self.requested)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         is_first = self.requested is None
         # Noted in any case: should the exception be lost in a library, the next check stops.

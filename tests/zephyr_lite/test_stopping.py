@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 
 from zephyr_lite.errors import Stopped
+from zephyr_lite.report.progress import AttentiveProgress, QuietProgress
 from zephyr_lite.stopping import Interrupted, Stop
 
 
@@ -52,6 +53,20 @@ def test_a_signal_lost_in_a_library_stops_at_the_next_check():
             _send(signal.SIGINT)
         with stop.deferred(), pytest.raises(Stopped):
             stop.check("after one step")
+
+
+def test_a_signal_lost_in_a_library_stops_before_the_next_step():
+    stop = Stop()
+    listener = AttentiveProgress(QuietProgress(), stop.safe_point)
+    with stop.installed():
+        with suppress(BaseException):
+            _send(signal.SIGTERM)
+        with stop.deferred():
+            listener.step({})
+        for call in (lambda: listener.start("", 1, 0), lambda: listener.step({})):
+            with pytest.raises(Interrupted) as caught:
+                call()
+            assert caught.value.stopped.exit_code == 143
 
 
 def test_a_signal_lost_before_counts_in_the_inner_handler():

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -135,6 +136,31 @@ class QuietProgress:
 
     def end(self) -> None:
         """See `train.loop.Listener`."""
+
+
+class AttentiveProgress:
+    """Another listener behind a check, before each piece and step, whether to go on at all."""
+
+    def __init__(self, listener: Any, check: Callable[[], None]) -> None:
+        self._listener, self._check = listener, check
+
+    def start(self, label: str, total: int, done: int) -> None:
+        """See `train.loop.Listener`. Raises: what the check raises."""
+        self._check()
+        self._listener.start(label, total, done)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """See `train.loop.Listener`. Raises: what the check raises."""
+        self._check()
+        self._listener.step(record)
+
+    def note(self, text: str) -> None:
+        """See `train.loop.Listener`."""
+        self._listener.note(text)
+
+    def end(self) -> None:
+        """See `train.loop.Listener`."""
+        self._listener.end()
 
 
 def short_figures(record: dict[str, Any], steps_per_second: float, columns: int = 80) -> str:
