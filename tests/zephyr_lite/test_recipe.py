@@ -14,11 +14,13 @@ from zephyr_lite import recipe_file
 from zephyr_lite.recipe import Recipe, Section, result_fields
 from zephyr_lite.recipe_schema import json_schema
 
-SECTIONS = [
-    value
-    for value in vars(recipe_module).values()
-    if isinstance(value, type) and issubclass(value, Section) and value is not Section
-]
+
+def _sections(above: type[Section]) -> list[type[Section]]:
+    found = [s for s in above.__subclasses__() if s.__module__.startswith(recipe_module.__name__)]
+    return [*found, *(below for section in found for below in _sections(section))]
+
+
+SECTIONS = _sections(Section)
 MINIMAL: dict[str, Any] = {
     "name": "x",
     "base": "some/model",
@@ -28,7 +30,7 @@ MINIMAL: dict[str, Any] = {
 }
 # A quantity without one of these words in its description has no unit a reader could know.
 UNITS = re.compile(
-    r"token|step|row|pair|fraction|minutes|seed|rank|layer|head|pass|width|nats|norm|rate|decay"
+    r"token|step|row|gigabyte|pair|fraction|minutes|seed|rank|layer|head|pass|width|nats|norm|rate|decay"
     r"|scale|document|prompt|example|checkpoint|weight|stop",
     re.IGNORECASE,
 )

@@ -27,7 +27,8 @@ from zephyr_lite.model.hf import HfEngine
 from zephyr_lite.model.layer import Saved
 from zephyr_lite.model.native import NativeEngine, refusal
 
-SAVED: dict[str, Saved] = {"none": "keep", "full": "lean", "offload": "offload"}
+# Of `memory.checkpointing`; `auto` is what was not planned.
+SAVED: dict[str, Saved] = {"auto": "keep", "none": "keep", "full": "lean", "offload": "offload"}
 
 
 class Engine(Protocol):
@@ -129,17 +130,30 @@ def choose_gemm(wanted: Gemm, engine: str, device: torch.device) -> Gemm:
 
 
 def make_engine(
-    name: str, model: Any, dtype: torch.dtype, checkpointing: str, gemm: Gemm = "exact"
+    name: str,
+    model: Any,
+    dtype: torch.dtype,
+    checkpointing: str,
+    gemm: Gemm = "exact",
+    keep_layers: int = 0,
 ) -> Engine:
-    """The engine over a loaded model. Raises: MachineError when it does not run this one."""
+    """The engine over a loaded model; see `recipe.Memory` for what the words mean.
+
+    Raises: MachineError when it does not run this one.
+    """
     if name == "native":
-        return NativeEngine(model, dtype, saved=SAVED[checkpointing], gemm=gemm)
+        saved = SAVED[checkpointing]
+        return NativeEngine(model, dtype, saved=saved, gemm=gemm, kept_layers=keep_layers)
     if gemm != "exact":
         _refuse_gemm(gemm, f"engine {name} does not compute it, engine native does")
     if checkpointing == "offload":
         raise MachineError(
             "engine hf does not move activations to host memory",
             hint="set memory.checkpointing=full",
+        )
+    if keep_layers:
+        raise MachineError(
+            "engine hf computes all layers again or none", hint="leave memory.keep_layers out"
         )
     return HfEngine(model, checkpointing=checkpointing == "full")
 

@@ -42,14 +42,23 @@ class NativeEngine:
     Args:
         model: as PEFT wraps it. dtype: compute dtype of every product and of the residual stream.
         saved: what a layer keeps for its backward.
-        gemm: how products with frozen weights are computed; `self.gemm` may be set between calls.
+        gemm: how products with frozen weights are computed.
+        kept_layers: how many layers, the last ones, keep everything where the others do not. The
+            last, because theirs is freed before an earlier layer computes its own again.
+    `keep` (layers), `rest` and `gemm` may be set between calls.
     Raises: MachineError, naming what it is that the engine does not run.
     """
 
     name = "native"
 
     def __init__(
-        self, model: Any, dtype: torch.dtype, *, saved: Saved = "keep", gemm: Gemm = "exact"
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        *,
+        saved: Saved = "keep",
+        gemm: Gemm = "exact",
+        kept_layers: int = 0,
     ) -> None:
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.model, self.decoder = model, causal_lm.get_decoder()
@@ -60,10 +69,11 @@ class NativeEngine:
         if reason is not None:
             raise MachineError(f"engine native does not run this model: {reason}")
         self.dtype = dtype
-        self.saved: Saved = saved
         self.gemm: Gemm = gemm
         slots = {name: Slot() for name in GROUPS}
         self.layers = [_read(layer, dtype, slots) for layer in self.decoder.layers]
+        self.rest: Saved = "lean" if saved == "keep" else saved
+        self.keep = len(self.layers) if saved == "keep" else min(kept_layers, len(self.layers))
         if gemm == "fp16acc":
             for group in (group for layer in self.layers for group in layer.groups):
                 group.frozen.check_fp16()
@@ -84,7 +94,10 @@ class NativeEngine:
     def report(self) -> list[str]:
         """What runs where: a line for each kind of layer and group."""
         normed = ", q and k normed" if any(layer.head_norms for layer in self.layers) else ""
-        found = [f"{len(self.layers)} layers of model/layer.py, {self.saved}{normed}"]
+        count, others = len(self.layers), len(self.layers) - self.keep
+        saved = [(others, self.rest), (self.keep, "keep")]
+        words = ", ".join(f"{n} {kind}" if n < count else kind for n, kind in saved if n)
+        found = [f"{count} layers of model/layer.py, {words}{normed}"]
         for number, name in enumerate(GROUPS):
             kinds = Counter(layer.groups[number].report() for layer in self.layers)
             found += [f"{name} of {n} layers: {text}" for text, n in kinds.items()]
@@ -136,15 +149,17 @@ class NativeEngine:
             cos_TP, sin_TP = self._turns(layout.positions_T)
             seed = int(torch.randint(2**30, ())) if self._has_dropout() else None
             # Without a backward nothing is kept, and nothing need leave.
-            saved, host = self.saved if torch.is_grad_enabled() else "lean", HostStore()
+            trains, first_kept = torch.is_grad_enabled(), len(self.layers) - self.keep
+            host = HostStore()
             for number, layer in enumerate(self.layers):
+                saved = "keep" if number >= first_kept else self.rest
                 is_last = last is not None and number == len(self.layers) - 1
                 call = Call(
                     plan=last.plan if last is not None and is_last else layout.plan,
                     cos_TP=cos_TP,
                     sin_TP=sin_TP,
                     scale=layer.head_width**-0.5,
-                    saved=saved,
+                    saved=saved if trains else "lean",
                     rows_U=last.rows_U if last is not None and is_last else None,
                     seed=None if seed is None else seed + SEED_STEP * number,
                     gemm=gemm,

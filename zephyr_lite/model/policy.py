@@ -149,7 +149,8 @@ def make_policy(
     config = causal_lm.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     computes = choose_attention(attention, device, dtype, width)
-    made = make_engine(engine, model, dtype, memory.checkpointing, gemm)
+    keep = memory.keep_layers or 0
+    made = make_engine(engine, model, dtype, memory.checkpointing, gemm, keep)
     policy = Policy(model, made, head.weight, device, dtype, None, memory.head_rows, gemm, computes)
     if self_test:
         set_dropout(model, None)  # noise is not a leak

@@ -62,7 +62,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "UNSLOTH_DISABLE_STATISTICS": "1",
 }
-CHECKPOINTING = {"none": False, "full": True, "offload": "unsloth"}
+CHECKPOINTING = {"auto": "unsloth", "none": False, "full": True, "offload": "unsloth"}
 POLL_SECONDS = 0.2
 LOG_LINES = 4
 
@@ -170,7 +170,7 @@ class UnslothJob:
 
     def _write_input(self) -> None:
         """Everything the worker trains on, cut into the micro-batches of our own loop."""
-        order, budget = self._order, self.memory.tokens_per_micro_batch
+        order, budget = self._order, self.memory.tokens
         spans: list[tuple[int, int]] = []
         micro_batches, steps = [0], [0]
         for step in range(order.total_steps):

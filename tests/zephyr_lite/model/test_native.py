@@ -258,9 +258,12 @@ def frozen_matrices(policy: Policy) -> dict[str, torch.Tensor]:
     return found
 
 
-def counted(checkpointing: str, layout: Layout, *, training: bool) -> tuple[BaseProducts, Policy]:
+def counted(
+    checkpointing: str, layout: Layout, *, training: bool, keep: int | None = None
+) -> tuple[BaseProducts, Policy]:
     model = random_model(BASES["mistral"](), ADAPTERS, ("sft", "dpo"), "dpo")
-    memory = Memory.model_validate({"checkpointing": checkpointing, "head_rows": 4096})
+    settings = {"checkpointing": checkpointing, "head_rows": 4096, "keep_layers": keep}
+    memory = Memory.model_validate(settings)
     policy = make_policy(model, torch.float32, CPU, memory, self_test=False)
     policy.use(["sft", "dpo"], "dpo")
     assert policy.engine.name == "native"
@@ -305,6 +308,29 @@ def test_base_products_of_a_step(checkpointing: str, kind: str) -> None:
     }
     assert dict(mode.work) == expected
     assert mode.other_readers <= {"index"}, "the head's rows of the targets, and nothing else"
+
+
+@pytest.mark.parametrize("keep", [1, 3, 4, 9])
+@pytest.mark.parametrize("checkpointing", ["full", "offload"])
+def test_the_last_layers_may_keep_what_the_others_compute_again(
+    checkpointing: str, keep: int
+) -> None:
+    """Which layers keep is counted; what comes out is the same bit for bit."""
+    layout = pairs((9, 4, 12), (20, 9, 5))
+    _, whole = counted("none", layout, training=True)
+    mode, policy = counted(checkpointing, layout, training=True, keep=keep)
+    expected = {}
+    for name, work in one_pass(policy, layout).items():
+        layer, _, group = name.rpartition(".")
+        keeps = not layer or int(layer) >= 4 - keep
+        passes = PASSES["none" if keeps else checkpointing][group] - (name == "0.qkv")
+        expected[name] = work * passes
+    assert dict(mode.work) == expected
+    named = whole.trainable()
+    for name, parameter in policy.trainable().items():
+        assert torch.equal(parameter.grad, named[name].grad), name  # type: ignore[arg-type]
+    kept = "keep" if keep >= 4 else f"{4 - keep} {policy.engine.rest}, {keep} keep"  # type: ignore[attr-defined]
+    assert policy.engine.report()[0] == f"4 layers of model/layer.py, {kept}"
 
 
 def test_base_products_of_the_reference_pass() -> None:

@@ -80,7 +80,9 @@ def test_engines_and_what_they_save() -> None:
     model = random_model(BASES["mistral"](), {}, (), None)
     for checkpointing, saved in SAVED.items():
         made: Any = make_engine("native", model, torch.float32, checkpointing)
-        assert (made.name, made.saved) == ("native", saved)
+        assert made.name == "native"
+        assert made.keep == (len(made.layers) if saved == "keep" else 0)
+        assert made.rest == ("offload" if saved == "offload" else "lean")
     with pytest.raises(MachineError, match="does not move activations") as found:
         make_engine("hf", model, torch.float32, "offload")
     assert found.value.hint == "set memory.checkpointing=full"
