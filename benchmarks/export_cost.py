@@ -37,8 +37,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cpu_rows import cpu_name
 from gpu_rows import installed_version, read_commit
+from race_rows import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = Path(__file__).with_name("export_steps.py")

@@ -7,7 +7,6 @@ are noise, so losses mean nothing; shapes, bytes and kernels are those of the re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,53 +15,11 @@ from gpu_bench import Bench
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
+from zephyr_lite.plan.geometry import Geometry
+
 STD = 0.02
-# The linears that read one input, as the engine groups them: name -> projections.
-GROUPS = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a Mistral."""
-
-    layers: int
-    hidden: int
-    feed_forward: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-
-    @property
-    def kv_width(self) -> int:
-        """Output features of k_proj."""
-        return self.hidden // self.heads * self.kv_heads
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(outputs, inputs) of the seven linears of a layer."""
-        h, f, kv = self.hidden, self.feed_forward, self.kv_width
-        return {
-            "q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h),
-            "gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f),
-        }  # fmt: skip
-
-    @property
-    def weights(self) -> int:
-        """Weights of all linears of all layers, without embedding and head."""
-        return self.layers * sum(n * k for n, k in self.linears.values())
-
-    def adapter_weights(self, rank: int) -> int:
-        """Weights of a LoRA on all linears."""
-        return self.layers * sum(rank * (n + k) for n, k in self.linears.values())
-
-
-MISTRAL_7B = Geometry(32, 4096, 14336, 32, 8, 32000)
-TOY = Geometry(2, 64, 128, 4, 2, 128)
+MISTRAL_7B = Geometry("mistral", 32, 4096, 14336, 32, 8, 128, 32000)
+TOY = Geometry("mistral", 2, 64, 128, 4, 2, 16, 128)
 
 
 def compute_dtype(bench: Bench) -> torch.dtype:

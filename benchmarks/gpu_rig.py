@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gpu_bench import Bench
-from gpu_model import MISTRAL_7B, TOY, Geometry, build_model, compute_dtype
-from gpu_roofline import Adapters, Recomputed
+from gpu_model import MISTRAL_7B, TOY, build_model, compute_dtype
 
 from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.model.frozen_weights import Gemm
 from zephyr_lite.model.policy import Policy, make_policy
+from zephyr_lite.plan.geometry import Geometry
+from zephyr_lite.plan.roofline import Recomputed
+from zephyr_lite.plan.setting import Setting as Planned
 from zephyr_lite.recipe import Lora, Memory, Training
 from zephyr_lite.train.objectives import Objective
 
@@ -56,7 +58,7 @@ class Setting:
 class Task:
     """What is trained. settings: how to train; unit: what an example is called in rates."""
 
-    name: str
+    name: Literal["sft", "dpo"]
     unit: str
     adapters: dict[str, int]  # name -> rank; the last one trains, the others are frozen beside it
     settings: Training
@@ -68,10 +70,10 @@ class Task:
         return list(self.adapters)[-1]
 
     @property
-    def ranks(self) -> Adapters:
-        """As the roofline counts them."""
+    def planned(self) -> Planned:
+        """As the roofline counts it: dropout costs nothing there."""
         *frozen, trained = self.adapters.values()
-        return Adapters(trained, sum(frozen))
+        return Planned(self.name, trained, sum(frozen))
 
 
 class Rig:

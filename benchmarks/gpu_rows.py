@@ -194,6 +194,7 @@ def _group_batches(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def load_rows(path: Path) -> list[dict[str, Any]]:
     """All rows of a file, [] where there is none. A last line cut short by a kill is removed.
 
+    Rows of other benchmarks, which may share the file, are passed over.
     Raises: ValueError naming file:line for any other line that is no row.
     """
     if not path.exists():
@@ -206,6 +207,8 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             row = json.loads(line)
+            if "benchmark" in row:
+                continue
             rows.append({**row, **{key: row[key] for key in NEEDED}})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number}: not a row of the GPU suite: {error!r}") from error

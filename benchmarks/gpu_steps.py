@@ -2,7 +2,7 @@
 
 A step is the training loop's own: micro-batches, head, loss, backward, clipping, 8-bit AdamW whose
 state stays on the GPU. Running out of memory is a row. Where a step reaches less than 70 % of the
-roofline (gpu_roofline.py), a profile says where the time went.
+roofline (zephyr_lite/plan/roofline.py), a profile says where the time went.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from gpu_bench import Bench, Case
 from gpu_rig import GIB, Rig, Setting
-from gpu_roofline import least_seconds, work_of
 from gpu_rows import Measure, absent, failed, figure
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,7 +27,10 @@ from zephyr_lite.model.adapters import set_dropout
 from zephyr_lite.model.engines import choose_gemm
 from zephyr_lite.model.gemm_probe import probe
 from zephyr_lite.model.policy import Policy
+from zephyr_lite.plan.roofline import least_seconds
+from zephyr_lite.plan.work import work_of
 from zephyr_lite.stopping import Stop
+from zephyr_lite.train.fitting import Fitting
 from zephyr_lite.train.loop import Job
 from zephyr_lite.train.masters import make_masters
 from zephyr_lite.train.objectives import MicroBatch
@@ -68,7 +70,7 @@ def _measure(rig: Rig, setting: Setting) -> list[Measure]:
         return list(_train(rig, setting))
     except torch.OutOfMemoryError as error:
         reason = f"out of memory: {error}"
-    except _NotHere as refusal:
+    except (_NotHere, MachineError) as refusal:
         reason = str(refusal)
     finally:
         rig.cap(None)
@@ -84,6 +86,8 @@ def _train(rig: Rig, setting: Setting) -> Iterator[Measure]:
     order = Order(objective.n_examples, task.settings.batch_size, 1000, 0, None)
     parameters = policy.trainable()
     masters = make_masters(task.settings, parameters, "device", policy.dtype)
+    values = list(parameters.values())
+    fitting = Fitting(task.name, _NoWayDown(), values, bench.device, _Quiet().note)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             task.name, policy, objective, task.settings, Path(folder), 0, _Quiet(), Stop(), dict
@@ -93,7 +97,7 @@ def _train(rig: Rig, setting: Setting) -> Iterator[Measure]:
             """Seconds of one step of the loop; `run` would also write checkpoints."""
             bench.synchronize()
             began = time.perf_counter()
-            job._step(number, order, parameters, masters)
+            job._step(number, order, masters, fitting)
             bench.synchronize()
             return time.perf_counter() - began
 
@@ -109,6 +113,14 @@ def _train(rig: Rig, setting: Setting) -> Iterator[Measure]:
         if row.derived["percent_of_roofline"] < PROFILE_BELOW and setting.is_profiled:
             # Where the profiler is refused the card's counters, the step's rows still count.
             yield bench.probe("profile", lambda: _profile(bench, lambda: step(timed[-1])))
+
+
+class _NoWayDown:
+    """A ladder without notches: what does not fit as it was set is a row that says so."""
+
+    def down(self) -> str | None:
+        """See `Ladder`."""
+        return None
 
 
 class _NotHere(Exception):
@@ -139,7 +151,7 @@ def _row(rig: Rig, setting: Setting, seconds: list[float], work: list[list[Micro
     least = sum(
         least_seconds(
             rig.geometry,
-            task.ranks,
+            task.planned,
             [work_of(micro.layout) for micro in step],
             setting.recomputed,
             matmul_tflops=bench.matmul_tflops,

@@ -1,7 +1,8 @@
-"""A line chart as SVG, readable on light and dark pages, without a plotting library."""
+"""Line and bar charts as SVG, readable on light and dark pages, without a plotting library."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,16 +11,17 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 44, 52
+BAR_LEFT, BAR_RIGHT, BAR_STEP, BAR_HEIGHT = 270, 84, 28, 18  # room for names, for figures
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #24292f }
 .grid { stroke: #d0d7de; stroke-width: 1 } .axis { stroke: #57606a; stroke-width: 1 }
 path { fill: none } .line { stroke-width: 2; stroke-linejoin: round }
 .line0, .key0 { stroke: #0a63c9 } .line1, .key1 { stroke: #c4420a }
-.dot0 { fill: #0a63c9 } .dot1 { fill: #c4420a }
+.dot0, .bar0 { fill: #0a63c9 } .dot1, .bar1 { fill: #c4420a }
 @media (prefers-color-scheme: dark) {
 text { fill: #e6edf3 } .grid { stroke: #30363d } .axis { stroke: #8b949e }
 .line0, .key0 { stroke: #6cb6ff } .line1, .key1 { stroke: #ff9a63 }
-.dot0 { fill: #6cb6ff } .dot1 { fill: #ff9a63 }
+.dot0, .bar0 { fill: #6cb6ff } .dot1, .bar1 { fill: #ff9a63 }
 }"""
 
 
@@ -30,6 +32,16 @@ class Line:
     name: str
     points: Points
     dots: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar; `instead` stands where one without a value would be."""
+
+    name: str
+    value: float | None
+    is_ours: bool = False
+    instead: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,16 +64,55 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
     """
     if len(lines) > 2:
         raise ValueError(f"{len(lines)} lines, but colours for two")
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style>",
-        *_axes(x, y),
-    ]
+    parts = [*_head(title, HEIGHT), *_axes(x, y)]
     for index, line in enumerate(lines):
         parts += _curve(index, line, x, y)
         parts += _key(index, line.name)
     return "\n".join([*parts, "</svg>", ""])
+
+
+def bar_chart(title: str, bars: Sequence[Bar]) -> str:
+    """Bars from zero, in the order given, each with its name and figure, as SVG text.
+
+    Raises: ValueError for a negative value.
+    """
+    if any(bar.value is not None and bar.value < 0 for bar in bars):
+        raise ValueError(f"{title}: a bar starts at zero, a value lies below it")
+    longest = max((bar.value for bar in bars if bar.value is not None), default=0) or 1
+    height = TOP + BAR_STEP * len(bars) + 12
+    parts = [*_head(title, height), f'<text x="16" y="26">{escape(title)}</text>']
+    for index, bar in enumerate(bars):
+        top = TOP + BAR_STEP * index
+        base = top + BAR_HEIGHT - 4
+        parts.append(
+            f'<text x="{BAR_LEFT - 8}" y="{base}" text-anchor="end">{escape(bar.name)}</text>'
+        )
+        wide = 0.0
+        if bar.value is not None:
+            wide = bar.value / longest * (WIDTH - BAR_LEFT - BAR_RIGHT)
+            parts.append(
+                f'<rect class="bar{0 if bar.is_ours else 1}" x="{BAR_LEFT}" y="{top}" '
+                f'width="{wide:.1f}" height="{BAR_HEIGHT}"/>'
+            )
+        said = bar.instead if bar.value is None else three_digits(bar.value)
+        parts.append(f'<text x="{BAR_LEFT + wide + 8:.1f}" y="{base}">{escape(said)}</text>')
+    bottom = height - 8
+    parts.append(f'<path class="axis" d="M{BAR_LEFT} {TOP - 6}V{bottom}"/>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def three_digits(value: float) -> str:
+    """A figure to three significant digits, or to its last whole one: 12,345  123  12.3  0.0123."""
+    decimals = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def _head(title: str, height: int) -> list[str]:
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+    ]
 
 
 def _axes(x: Axis, y: Axis) -> list[str]:

@@ -94,6 +94,31 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName = "zephyr-7b",
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for a card by name, e.g. 4090; none needed.")
+    ] = None,
+    vram: Annotated[
+        str | None, typer.Option("--vram", help="Plan for a card of so much memory, e.g. 24GB.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Time two steps of the longest batch here.")
+    ] = False,
+    run_dir: RunDir = None, set_field: SetField = None, json: Json = False, quiet: Quiet = False,
+    offline: Offline = False, device: Device = "auto",
+) -> None:  # fmt: skip
+    """Memory, time and disk of a recipe, before anything loads; exit 3 if it does not fit."""
+    with opened(
+        recipe, run_dir, set_field, False, quiet, offline, device,
+        needs="sft or dpo", writes=False, trains=False,
+    ) as ctx:  # fmt: skip
+        from zephyr_lite.stages import plan as work
+
+        work.run(ctx, vram=vram, gpu=gpu, measure=probe, as_json=json, pick=recipe)
+
+
+@app.command()
 def sft(
     recipe: RecipeName = "zephyr-7b", run_dir: RunDir = None, set_field: SetField = None,
     json: Json = False, quiet: Quiet = False, offline: Offline = False, device: Device = "auto",
@@ -238,6 +263,41 @@ def chat(
         from zephyr_lite.stages import chat as work
 
         work.run(ctx, stage, prompt, max_tokens, temperature)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def bench(
+    subject: Annotated[
+        str, typer.Argument(metavar="SUBJECT", help="sft, dpo, kernels, export, page or submit.")
+    ],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OPTIONS]...", help="The subject's own; `-- --help` lists them."),
+    ] = None,
+    rival_python: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rival-python", metavar="NAME=PATH",
+            help="plain, trl, liger or unsloth in its own environment; repeatable.",
+        ),
+    ] = None,
+    toy: Annotated[bool, typer.Option("--toy", help="Tiny sizes: does it work here?")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="[bench.jsonl; a page: bench.md]")
+    ] = None,
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Speed and memory here beside rivals; `page` shows, `submit` prints rows.
+
+    zephyr-lite bench dpo --rival-python trl=envs/trl/bin/python && zephyr-lite bench page
+    """
+    check_choice("--device", device, ("auto", "cuda", "cpu"))
+    from zephyr_lite.stages import bench as work
+
+    words = [word for text in rival_python or () for word in ("--rival-python", text)]
+    words += [] if device == "auto" else ["--device", device]
+    words += ["--toy"] * toy
+    raise typer.Exit(work.run(subject, [*words, *(options or ())], out=out))
 
 
 @recipes_app.callback()

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from gpu_bench import Bench, Case
-from gpu_model import GROUPS, MISTRAL_7B, TOY, build_linears, compute_dtype
+from gpu_model import MISTRAL_7B, TOY, build_linears, compute_dtype
 from gpu_rows import Measure, Part
 from peft import LoraConfig, inject_adapter_in_model
 
 from zephyr_lite.model import projections
 from zephyr_lite.model.projections import Group, Stack
+from zephyr_lite.plan.geometry import GROUPS
 
 PART = Part("kernels_gemm", 1, "LoRA and NF4 on top of cuBLAS: time over it?", by_commit=True)
 CHECKED_ROWS = 256

@@ -28,14 +28,15 @@ from gpu_kernels_attention import (
     poisoned_like,
 )
 from gpu_kernels_lora import make_spans, to_nf4
-from gpu_model import MISTRAL_7B, TOY, Geometry, compute_dtype
-from gpu_roofline import work_of
+from gpu_model import MISTRAL_7B, TOY, compute_dtype
 from gpu_rows import Measure, Part
 from questions.attention_shared import ULTRAFEEDBACK
 from questions.nf4 import ideal_bytes
 from zephyr_kernels import attention, linear_logprob, lora, nf4, norm, rope, swiglu
 
 from zephyr_lite.data.layout import Layout
+from zephyr_lite.plan.geometry import Geometry
+from zephyr_lite.plan.work import work_of
 
 PART = Part("kernels_speed", 1, "Each kernel's time and share of copy bandwidth?", by_commit=True)
 EPS = 1e-5

@@ -38,60 +38,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the roofline
 
 
-def test_flops_of_mistral_7b_are_those_of_the_derivation() -> None:
-    """30.6 GFLOP a token at 2048 tokens and r 16, 41.4 where all but down_proj is computed again,
-    45.1 with full checkpointing; within what those figures were rounded to."""
-    from gpu_model import MISTRAL_7B
-    from gpu_roofline import Adapters, Recomputed, Work, attention_flops, matmul_flops
+def test_a_task_is_counted_with_the_adapter_that_trains_and_those_beside_it() -> None:
+    from gpu_rig import Task
 
-    length = 2048
-    work = Work(length, length - 1, length * (length + 1) // 2)
-    assert round(MISTRAL_7B.weights / 1e9, 3) == 6.979
-    expected: dict[Recomputed, float] = {"nothing": 30.6, "all but down_proj": 41.4, "all": 45.1}
-    for recomputed, gigaflops in expected.items():
-        total = matmul_flops(MISTRAL_7B, Adapters(16), work, recomputed)
-        total += attention_flops(MISTRAL_7B, work, recomputed)
-        assert total / length / 1e9 == pytest.approx(gigaflops, rel=0.01)
+    from zephyr_lite.recipe import Sft
 
-
-def test_rates_are_those_that_were_projected_for_an_h200() -> None:
-    """With 80 % of its peak and 85 % of its bandwidth: tokens/s of SFT, pairs/s of DPO."""
-    from gpu_model import MISTRAL_7B
-    from gpu_roofline import Adapters, Recomputed, Work, least_seconds
-
-    def rate(
-        units: int, adapters: Adapters, work: Work, recomputed: Recomputed = "nothing"
-    ) -> float:
-        return units / least_seconds(
-            MISTRAL_7B,
-            adapters,
-            [work],
-            recomputed,
-            matmul_tflops=0.8 * 989,
-            copy_gb_per_s=0.85 * 4800,
-        )
-
-    document = 2048 * 2049 // 2
-    keep = rate(4096, Adapters(16), Work(4096, 4094, 2 * document))
-    lean = rate(8192, Adapters(16), Work(8192, 8188, 4 * document), "all but down_proj")
-    assert keep == pytest.approx(20_700, rel=0.03)
-    assert lean == pytest.approx(15_800, rel=0.03)
-    p, c, n = 150, 330, 5  # five pairs of UltraFeedback's medians: about 4096 tokens
-    scores = n * ((p + c) * (p + c + 1) // 2 + c * p + c * (c + 1) // 2)
-    pairs = rate(n, Adapters(128), Work(n * (p + 2 * c), n * 2 * c, scores))
-    assert pairs == pytest.approx(25.6, rel=0.05)
-
-
-def test_work_is_counted_from_the_layout_that_is_trained_on() -> None:
-    """Unmasked pairs, one by one: position i of a sequence sees i + 1 keys."""
-    from gpu_kernels_attention import pairs
-    from gpu_roofline import work_of
-
-    lengths = [(5, 3, 4), (2, 6, 1)]
-    work = work_of(pairs(lengths))
-    first = sum(sum(range(1, p + c + 1)) for p, c, _ in lengths)
-    second = sum(sum(range(p + 1, p + r + 1)) for p, _, r in lengths)
-    assert (work.tokens, work.scored, work.scores) == (21, 14, first + second)
+    task = Task("dpo", "pairs", {"sft": 16, "dpo": 128}, Sft(), lambda setting: None)  # type: ignore[arg-type, return-value]
+    assert (task.planned.stage, task.planned.trained, task.planned.frozen) == ("dpo", 128, 16)
 
 
 # ---------------------------------------------------------------- model and data
@@ -195,6 +148,29 @@ def test_out_of_memory_is_a_row_and_the_next_case_runs(
     step = next(row["derived"] for row in rows if row["metric"] == "step")
     assert step["recomputed"] == "nothing" and step["optimizer"] == "adamw"
     assert step["percent_of_roofline"] > 0
+
+
+def test_a_step_that_finds_no_memory_is_not_made_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training would go a notch down and on; a row is of the setting that it names."""
+    import gpu_steps
+    import gpu_suite
+
+    tried: list[int] = []
+
+    def starve(job: Any, step: int, examples: Any) -> Any:
+        tried.append(step)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(gpu_steps.Job, "_gradients", starve)
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cpu", "--out", str(path), "--only", "steps_dpo"]
+    assert gpu_suite.main(arguments) == 0
+    rows = [row for row in _rows(path) if row["metric"] == "step"]
+    assert [row["status"] for row in rows] == ["not available"] * 3
+    assert all("out of memory at step 1" in row["note"] for row in rows)
+    assert tried == [0] * 3
 
 
 def test_a_lost_device_ends_the_process_and_the_next_one_passes_over(

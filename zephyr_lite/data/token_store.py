@@ -40,6 +40,7 @@ from zephyr_lite.recipe import Source
 from zephyr_lite.storage import (
     digest,
     held,
+    is_sealed,
     open_sealed,
     read_json,
     sealed_folder,
@@ -112,6 +113,15 @@ def open_tokens(
                 write_json(part / "key.json", key)
                 _build(corpus, tokenizer, part, note)
     return _open(folder, dict(zip(meta["files"], _local_files(corpus), strict=True)))
+
+
+def known_tokens(corpus: Corpus, tokenizer: ChatTokenizer, root: Path) -> Tokens | None:
+    """The tokens of a corpus where `root` has them; nothing is made, nor hashed again.
+
+    Raises: as `token_key`.
+    """
+    folder = root / digest(token_key(corpus, tokenizer))[:32]
+    return _open(folder, {}) if is_sealed(folder) else None
 
 
 def token_key(corpus: Corpus, tokenizer: ChatTokenizer) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Slot:
             buffer = self.buffer = torch.empty(size, dtype=dtype, device=frozen.device)
         weight_OI = buffer[:size].view(frozen.shape)
         if self.holder is not frozen:
+            self.holder = None  # of what lies here, should this run out of memory halfway
             frozen.dequantise(weight_OI)
             self.holder = frozen
         return weight_OI

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from zephyr_lite.recipe.section import Section, how
 
 TOKENS = 2048  # of a micro-batch where `auto` was not planned: on a CPU
+
+
+def _whole_or_auto(value: Any) -> Any:
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= 8
+    if value != "auto" and not is_whole:
+        raise ValueError("must be auto, or a whole number of at least 8")
+    return value
+
+
+# One sentence for what would be two errors of a union.
+_Tokens = Annotated[Literal["auto"] | Annotated[int, Field(ge=8)], BeforeValidator(_whole_or_auto)]
 
 
 class Memory(Section):
@@ -18,7 +29,7 @@ class Memory(Section):
     starts. Without a GPU, and without a `budget`, nothing is planned: 2048 tokens, all kept.
     """
 
-    tokens_per_micro_batch: Literal["auto"] | Annotated[int, Field(ge=8)] = how(
+    tokens_per_micro_batch: _Tokens = how(
         "auto", "Tokens of one forward and backward; `auto`: what is fastest of what fits."
     )
     checkpointing: Literal["auto", "none", "full", "offload"] = how(

@@ -22,7 +22,7 @@ from zephyr_lite.model.frozen_weights import Gemm
 from zephyr_lite.model.gemm_probe import probe
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.model.starting_point import StartingPoint, find_start
-from zephyr_lite.recipe import Base, Recipe, Source
+from zephyr_lite.recipe import Base, Memory, Recipe, Source
 from zephyr_lite.run import Run
 from zephyr_lite.stopping import Stop
 from zephyr_lite.storage import write_json
@@ -41,12 +41,18 @@ class Context:
     listener: Listener
     stop: Stop
     used: dict[str, Any] = field(default_factory=dict)  # engine, kernels, ... of the last policy
+    planned: Memory | None = None  # what a plan made of the recipe's, see `fit.py`
     _gemm_figures: dict[str, Any] | None = None  # of the probe, once it has run
 
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe."""
         return self.run.recipe
+
+    @property
+    def memory(self) -> Memory:
+        """How the work is cut: as planned, else as the recipe says."""
+        return self.planned or self.recipe.memory
 
     @cached_property
     def start(self) -> StartingPoint | None:
@@ -119,7 +125,7 @@ class Context:
 
     def policy(self, model: Any, gemm: Gemm = "exact") -> Policy:
         """A policy over a model; what is only measured needs no other `gemm` than exact."""
-        kernels, memory = self.kernels, self.recipe.memory
+        kernels, memory = self.kernels, self.memory
         policy = make_policy(
             model,
             self.dtype,
@@ -143,7 +149,7 @@ class Context:
     def _probe(self, policy: Policy) -> dict[str, Any]:
         """Figures of the probe of the recipe's `gemm`, once per command."""
         if self._gemm_figures is None:
-            self._gemm_figures = probe(policy.engine, self.recipe.memory.tokens_per_micro_batch)
+            self._gemm_figures = probe(policy.engine, self.memory.tokens)
             gain = self._gemm_figures["gain"]
             self.listener.note(f"gemm: {policy.gemm}: {gain:.2f} times as fast as exact products")
         return self._gemm_figures

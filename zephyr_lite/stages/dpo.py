@@ -22,8 +22,9 @@ from zephyr_lite.errors import DataError, RecipeError, VerificationError
 from zephyr_lite.evaluate.preferences import log_prob_figures, pair_log_probs, preference_figures
 from zephyr_lite.model.adapters import add_adapter, load_adapter, save_adapter
 from zephyr_lite.model.policy import Policy
+from zephyr_lite.plan.lengths import pairs_of
 from zephyr_lite.recipe import Dpo
-from zephyr_lite.stages import reference, sft
+from zephyr_lite.stages import fit, reference, sft
 from zephyr_lite.stages.context import Context
 from zephyr_lite.stages.reference import Side
 from zephyr_lite.storage import open_sealed, read_json, seal_digest, sealed_folder
@@ -71,6 +72,8 @@ def run(ctx: Context) -> None:
         open_sealed(ctx.run.path("dpo", "adapter"))
         return
     with ctx.stage("dpo", inputs) as record:
+        ctx, planned = fit.fitted(ctx, "dpo", pairs_of(train.pairs))
+        record |= planned
         stack = _load(ctx, settings)
         audit = ctx.run.path("dpo", "audit.json")
         if not audit.exists():  # once, before the first step; a resumed training keeps its figures
@@ -79,6 +82,7 @@ def run(ctx: Context) -> None:
         stack.train()
         job = _job(ctx, stack.policy, settings, train, held_out)
         figures = job.run()
+        record |= fit.outcome(ctx, job)
         last = {"last": figures.pop("last")} if settings.keep == "best" else {}
         with sealed_folder(ctx.run.path("dpo", "adapter")) as part:
             save_adapter(stack.policy.model, stack.saved, part, ctx.base_name)
@@ -104,7 +108,7 @@ def check_inputs(ctx: Context) -> None:
             "it patches the libraries of the process that it is in",
             hint="--set engine=native --set sft.engine=unsloth",
         )
-    check_place("dpo", settings, ctx.recipe.memory.optimizer)
+    check_place("dpo", settings, ctx.recipe.memory.place)
     if settings.keep == "best" and not (feedback.eval or feedback.holdout):
         raise RecipeError(
             "dpo.keep: best needs held-out pairs, and data.feedback has neither eval nor holdout",
@@ -144,7 +148,7 @@ def _by_accuracy(figures: dict[str, float]) -> tuple[float, ...]:
 
 
 def _job(ctx: Context, policy: Policy, settings: Dpo, train: Side, held_out: Side) -> Job:
-    budget = ctx.recipe.memory.tokens_per_micro_batch
+    budget = ctx.memory.tokens
 
     def evaluate() -> dict[str, float]:
         if not held_out.pairs:
@@ -163,7 +167,8 @@ def _job(ctx: Context, policy: Policy, settings: Dpo, train: Side, held_out: Sid
         stop=ctx.stop,
         evaluate=evaluate,
         rank=_by_accuracy if settings.keep == "best" else None,
-        masters=ctx.recipe.memory.optimizer,
+        masters=ctx.memory.place,
+        rehearses=ctx.planned is not None,
     )
 
 
@@ -186,7 +191,7 @@ def _audit(ctx: Context, stack: _Stack, settings: Dpo, train: Side) -> dict[str,
     n = min(AUDIT_PAIRS, len(train.pairs))
     chosen = np.linspace(0, len(train.pairs) - 1, n).astype(int).tolist()
     pairs: list[EncodedPair] = [train.pairs[i] for i in chosen]
-    budget = ctx.recipe.memory.tokens_per_micro_batch
+    budget = ctx.memory.tokens
     with stack.policy.as_trained():
         stack.policy.use(stack.frozen)
         fresh_chosen_P, fresh_rejected_P = pair_log_probs(stack.policy, pairs, budget)

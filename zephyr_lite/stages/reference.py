@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from zephyr_lite.data.chat import template_hash
+from zephyr_lite.data.chat import ChatTokenizer, template_hash
 from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.feedback import PreferencePair
 from zephyr_lite.data.reference_cache import ReferenceCache, ReferenceLogProbs, pair_key
@@ -25,8 +25,9 @@ from zephyr_lite.evaluate.preferences import pair_log_probs
 from zephyr_lite.model.adapters import adapter_identity, load_adapter
 from zephyr_lite.model.frozen_weights import Gemm
 from zephyr_lite.model.policy import Policy
+from zephyr_lite.plan.lengths import pairs_of
 from zephyr_lite.recipe import Dpo
-from zephyr_lite.stages import aif, sft
+from zephyr_lite.stages import aif, fit, sft
 from zephyr_lite.stages.context import Context
 from zephyr_lite.storage import cache_folder
 
@@ -110,16 +111,23 @@ def set_key(ctx: Context, gemm: Gemm | None = None) -> dict[str, Any]:
     }
 
 
-def _encode(ctx: Context, side: str) -> tuple[list[str], list[EncodedPair]]:
-    """Row ids and pairs of one side; those that truncation made equal are left out."""
+def encoded_pairs(
+    ctx: Context, tokenizer: ChatTokenizer, side: str
+) -> tuple[list[PreferencePair], list[EncodedPair]]:
+    """Rows of one side and their token ids, cut by the recipe's rule."""
     settings = _settings(ctx)
     rows = aif.read_pairs(ctx, side)
-    encoded = ctx.tokenizer.encode_pairs(
+    return rows, tokenizer.encode_pairs(
         [(r.prompt, r.chosen, r.rejected) for r in rows],
         names=[f"row {r.id} of {r.source}" for r in rows],
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
     )
+
+
+def _encode(ctx: Context, side: str) -> tuple[list[str], list[EncodedPair]]:
+    """Row ids and pairs of one side; those that truncation made equal are left out."""
+    rows, encoded = encoded_pairs(ctx, ctx.tokenizer, side)
     kept = [i for i, pair in enumerate(encoded) if pair.is_distinct]
     _report(ctx, side, rows, encoded, kept)
     if side == "train" and not kept:
@@ -145,8 +153,10 @@ def _settings(ctx: Context) -> Dpo:
 
 def _compute(ctx: Context, parts: list[_Part]) -> None:
     """Fill the caches shard by shard; a kill costs at most one."""
+    lengths = pairs_of([pair for part in parts for pair in part.pairs])
+    ctx, _ = fit.fitted(ctx, "dpo", lengths)  # a forward takes less than the training it is for
     policy = _reference_policy(ctx)
-    budget = ctx.recipe.memory.tokens_per_micro_batch
+    budget = ctx.memory.tokens
     shards = [
         (part, part.missing[at : at + SHARD_PAIRS])
         for part in parts

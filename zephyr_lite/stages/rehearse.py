@@ -30,6 +30,7 @@ import torch
 from zephyr_lite.data.sources import read_rows, read_source
 from zephyr_lite.errors import Stopped, StorageError
 from zephyr_lite.recipe import Dpo, Recipe, Sft, Source
+from zephyr_lite.report.quantities import disk, duration
 from zephyr_lite.run import Run
 from zephyr_lite.stages import aif, chat, export, reference
 from zephyr_lite.stages import dpo as dpo_stage
@@ -294,7 +295,7 @@ def _table(
         lines.append(f"{act.name:10}{act.seconds:9.1f}{act.peak_gib:8.1f} GiB   {text}".rstrip())
     if whole is not None:
         lines.append(
-            f"projection for the whole run: about {_duration(whole)}, evaluations not counted"
+            f"projection for the whole run: about {duration(whole)}, evaluations not counted"
         )
     return lines
 
@@ -317,8 +318,8 @@ def _project(
         per_epoch = math.ceil(_examples(rehearsal, act.name) / share / settings.batch_size)
         steps = min(math.ceil(settings.epochs * per_epoch), steps or math.inf)
     if steps is None:
-        return None, f"{_duration(1000 * seconds)} per 1,000 steps of {seconds:.2g} s"
-    text = f"about {_duration(steps * seconds)} ({steps:,} steps of {seconds:.2g} s)"
+        return None, f"{duration(1000 * seconds)} per 1,000 steps of {seconds:.2g} s"
+    text = f"about {duration(steps * seconds)} ({steps:,} steps of {seconds:.2g} s)"
     return act.seconds + (steps - figures["steps"]) * seconds, text
 
 
@@ -330,9 +331,9 @@ def _project_reference(rehearsal: Run, watch: Watch, counts: Counts) -> tuple[fl
     seconds = watch.seconds["reference"] / pairs
     share = _share(rehearsal, "dpo", counts)
     if share is None:
-        return None, f"{_duration(1000 * seconds)} per 1,000 pairs"
+        return None, f"{duration(1000 * seconds)} per 1,000 pairs"
     whole = max(1.0, (pairs - LONGEST) / share)
-    return whole * seconds, f"about {_duration(whole * seconds)} ({whole:,.0f} pairs)"
+    return whole * seconds, f"about {duration(whole * seconds)} ({whole:,.0f} pairs)"
 
 
 def _share(rehearsal: Run, stage: str, counts: Counts) -> float | None:
@@ -367,21 +368,7 @@ def _disk(outputs: Path, place: Path) -> list[str]:
         stage: sum(f.stat().st_size for f in (outputs / stage).rglob("*") if f.is_file())
         for stage in ("sft", "dpo", "export")
     }
-    parts = ", ".join(f"{stage} {_bytes(size)}" for stage, size in sizes.items() if size)
+    parts = ", ".join(f"{stage} {disk(size)}" for stage, size in sizes.items() if size)
     there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())
-    free = _bytes(shutil.disk_usage(there).free)
+    free = disk(shutil.disk_usage(there).free)
     return [f"disk: {parts}; checkpoints while it trains", f"disk: {free} free for {place}"]
-
-
-def _bytes(number: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number / 1e3:.0f} kB"
-
-
-def _duration(seconds: float) -> str:
-    """5 s, 12 min, 3.4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -16,7 +16,7 @@ from copy import copy
 from typing import Any, Literal
 
 from zephyr_lite.data.chat import template_hash
-from zephyr_lite.data.layout import Documents, Row, pack_masked, pack_wrapped
+from zephyr_lite.data.layout import Documents, Row
 from zephyr_lite.data.token_store import Corpus, Tokens, open_tokens
 from zephyr_lite.errors import DataError, RecipeError
 from zephyr_lite.evaluate.perplexity import evaluate_documents
@@ -24,8 +24,10 @@ from zephyr_lite.model.adapters import add_adapter, load_adapter, save_adapter
 from zephyr_lite.model.engines import choose, choose_gemm, choose_kernels
 from zephyr_lite.model.policy import Policy
 from zephyr_lite.model.starting_point import StartingPoint, compare_bases, quantised_again
+from zephyr_lite.plan.lengths import documents_of
 from zephyr_lite.recipe import Dialogues, Sft
 from zephyr_lite.run import CHECKPOINTS
+from zephyr_lite.stages import fit
 from zephyr_lite.stages.context import Context
 from zephyr_lite.storage import (
     cache_folder,
@@ -68,7 +70,7 @@ def check_inputs(ctx: Context) -> None:
         find_environment()
         return
     choose_gemm(ctx.recipe.gemm, _trainer(ctx, settings), ctx.device)
-    check_place("sft", settings, ctx.recipe.memory.optimizer)
+    check_place("sft", settings, ctx.recipe.memory.place)
 
 
 def adapter_digest(ctx: Context) -> str | None:
@@ -84,10 +86,14 @@ def _train(ctx: Context, settings: Sft, split: Dialogues) -> None:
     ctx = _with_own_engine(ctx, settings)
     with ctx.stage("sft", inputs) as record:
         train, held_out = _load(ctx, split)
-        rows, elsewhere = _pack(train, settings), None
+        lengths, elsewhere = documents_of(train, settings), None
+        rows = list(lengths.rows)
         if _trainer(ctx, settings) == "unsloth":
             elsewhere = _unsloth_job(ctx, settings, train, rows)
             elsewhere.run()  # before a base is loaded here: the GPU is that process's alone
+        else:
+            ctx, planned = fit.fitted(ctx, "sft", lengths)
+            record |= planned
         model = add_adapter(ctx.load_model(), ADAPTER, settings.lora, ctx.recipe.seed)
         policy = ctx.training_policy(model) if elsewhere is None else ctx.policy(model)
 
@@ -97,9 +103,10 @@ def _train(ctx: Context, settings: Sft, split: Dialogues) -> None:
         parent = _parent_figures(ctx, policy, evaluate)
         policy.use([ADAPTER], ADAPTER)
         if elsewhere is None:
-            budget = ctx.recipe.memory.tokens_per_micro_batch
-            objective = LanguageModelling(train, rows, settings.loss_on, budget)
-            figures = _job(ctx, policy, objective, settings, evaluate).run()
+            objective = LanguageModelling(train, rows, settings.loss_on, ctx.memory.tokens)
+            job = _job(ctx, policy, objective, settings, evaluate)
+            figures = job.run()
+            record |= fit.outcome(ctx, job)
         else:
             figures = elsewhere.finish(policy.trainable(), evaluate)
             record |= {"unsloth": elsewhere.environment.versions}
@@ -127,7 +134,8 @@ def _job(
         listener=ctx.listener,
         stop=ctx.stop,
         evaluate=evaluate,
-        masters=ctx.recipe.memory.optimizer,
+        masters=ctx.memory.place,
+        rehearses=ctx.planned is not None,
     )
 
 
@@ -308,17 +316,12 @@ def _tokenise(ctx: Context, wanted: Corpus) -> Tokens:
     return open_tokens(wanted, ctx.tokenizer, cache_folder() / "tokens", ctx.listener.note)
 
 
-def _pack(documents: Documents, settings: Sft) -> list[Row]:
-    pack = pack_wrapped if settings.packing == "wrapped" else pack_masked
-    return pack(documents, settings.max_length)
-
-
 def _evaluate(
     ctx: Context, policy: Policy, settings: Sft, held_out: Documents | None
 ) -> dict[str, float]:
     if held_out is None:
         return {}
-    budget = ctx.recipe.memory.tokens_per_micro_batch
+    budget = ctx.memory.tokens
     return evaluate_documents(policy, held_out, settings.max_length, budget)
 
 

@@ -4,6 +4,7 @@
 
 The loop can be killed at any instant and started again: it goes on from the last checkpoint and
 ends in the same bytes, because nothing in a step depends on anything but (seed, step) and state.
+For the same reason a step that runs out of memory is done again; see train/fitting.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from zephyr_lite.model.policy import Policy
 from zephyr_lite.recipe import Training
 from zephyr_lite.stopping import Stop
 from zephyr_lite.train.checkpoint import Best, Checkpoints, Figures
+from zephyr_lite.train.fitting import Fitting, PolicyLadder, missing_states
 from zephyr_lite.train.masters import Masters, Place, make_masters
 from zephyr_lite.train.metrics import MetricsLog, peak_memory_gib
 from zephyr_lite.train.objectives import MicroBatch, Objective, Sums
@@ -57,6 +59,8 @@ class Job:
     rank: what of those figures says which evaluation's weights are kept, more is better; None keeps
         the last step's.
     masters: where fp32 masters and optimizer states live.
+    rehearses: whether the longest micro-batch is tried before the first step.
+    notches: what was given up because memory ran out, in words; see `fitting.PolicyLadder`.
     """
 
     label: str
@@ -70,6 +74,8 @@ class Job:
     evaluate: Callable[[], Figures]
     rank: Callable[[Figures], tuple[float, ...]] | None = None
     masters: Place = "device"
+    rehearses: bool = False
+    notches: list[str] = field(default_factory=list, init=False)
     _seconds: float = field(default=0.0, init=False)
 
     def run(self) -> dict[str, Any]:
@@ -87,13 +93,16 @@ class Job:
         done: int = meta["step"]
         self._seconds = meta["seconds"]
         self._warn_about_threads(meta)
+        fitting = self._fitting(parameters)
+        if self.rehearses and done < order.total_steps:
+            self._rehearse(order, masters, fitting)
         log = MetricsLog(self.folder / "metrics.jsonl", done)
         self.listener.start(self.label, order.total_steps, done)
         last_save = time.monotonic()
         try:
             with self.stop.deferred():
                 for step in range(done, order.total_steps):
-                    record = self._step(step, order, parameters, masters)
+                    record = self._step(step, order, masters, fitting)
                     finished = step + 1
                     final = finished == order.total_steps
                     evaluated = self._every(self.settings.eval_every, finished) and not final
@@ -131,28 +140,41 @@ class Job:
         folder = self.folder / "checkpoints"
         return Checkpoints(folder, self.settings.checkpoint_keep, self.listener.note)
 
+    def _fitting(self, parameters: dict[str, torch.nn.Parameter]) -> Fitting:
+        ladder, values = PolicyLadder(self.policy, self.objective), list(parameters.values())
+        note, device = self.listener.note, self.policy.device
+        return Fitting(self.label, ladder, values, device, note, self.notches)
+
     def _order(self) -> Order:
         s = self.settings
         return Order(self.objective.n_examples, s.batch_size, s.epochs, self.seed, s.max_steps)
 
-    def _step(
-        self,
-        step: int,
-        order: Order,
-        parameters: dict[str, torch.nn.Parameter],
-        masters: Masters,
-    ) -> dict[str, Any]:
+    def _rehearse(self, order: Order, masters: Masters, fitting: Fitting) -> None:
+        """Forward and backward of the longest micro-batch; nothing of the training's state moves.
+
+        Raises: MachineError when it does not fit.
+        """
+
+        def longest() -> None:
+            micro = self.objective.heaviest(order)
+            if len(micro.examples) < order.batch_size:  # others of its step came before
+                fitting.hold_gradients()
+            self._backward(micro, 1.0, (self.seed, 0, 0))
+
+        states = missing_states(self.settings.optimizer, masters, self.policy.device)
+        fitting.rehearse(longest, states)
+
+    def _step(self, step: int, order: Order, masters: Masters, fitting: Fitting) -> dict[str, Any]:
         """One optimizer step; its metrics."""
         began = time.monotonic()
-        examples = order.step(step)
-        micros, divisor = self.objective.step(examples)
-        sums = [
-            self._backward(micro, divisor, (self.seed, step, i)) for i, micro in enumerate(micros)
-        ]
+        examples, at = order.step(step), f"at step {step + 1}"
+        micros, divisor, sums = fitting.run(lambda: self._gradients(step, examples), at)
         rate = learning_rate(self.settings, step, order.total_steps)
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.settings.max_grad_norm)
-        self._refuse_nan(step, sums, micros, norm)
-        masters.step(rate)
+        with fitting.optimizer(at):
+            limit = self.settings.max_grad_norm
+            norm = torch.nn.utils.clip_grad_norm_(fitting.parameters, limit)
+            self._refuse_nan(step, sums, micros, norm)
+            masters.step(rate)
         seconds = time.monotonic() - began
         self._seconds += seconds
         tokens = sum(m.layout.n_tokens for m in micros)
@@ -169,6 +191,14 @@ class Job:
         if "rewards/margins" in metrics:
             record["pairs_per_second"] = round(len(examples) / seconds, 2)
         return record
+
+    def _gradients(
+        self, step: int, examples: list[int]
+    ) -> tuple[list[MicroBatch], float, list[Sums]]:
+        """Forwards and backwards of a step: its micro-batches, its divisor, sums of each."""
+        micros, divisor = self.objective.step(examples)
+        sums = [self._backward(m, divisor, (self.seed, step, i)) for i, m in enumerate(micros)]
+        return micros, divisor, sums
 
     def _backward(self, micro: MicroBatch, divisor: float, position: tuple[int, int, int]) -> Sums:
         """Forward and backward of one micro-batch, dropout seeded by its position."""

@@ -7,16 +7,18 @@ however it is cut. `loss` returns a *sum* and the sums its metrics are made of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.layout import (
     Documents,
     Layout,
+    Order,
     Row,
     document_layout,
     fill,
@@ -40,15 +42,29 @@ Sums = dict[str, torch.Tensor]
 
 
 class Objective(Protocol):
-    """What the loop trains on."""
+    """What the loop trains on.
+
+    tokens_per_micro_batch: the budget that steps are cut by; may be set between steps.
+    """
+
+    tokens_per_micro_batch: int
 
     @property
     def n_examples(self) -> int:
         """Examples of one epoch."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        ...
+
     def step(self, examples: Sequence[int]) -> tuple[list[MicroBatch], float]:
         """Micro-batches of one optimizer step, and what its loss and metrics are divided by."""
+        ...
+
+    def heaviest(self, order: Order) -> MicroBatch:
+        """The micro-batch with the most tokens of all that `step` makes of an order's steps."""
         ...
 
     def loss(self, logp_N: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
@@ -74,15 +90,20 @@ class LanguageModelling:
         """Packed rows."""
         return len(self.rows)
 
+    @property
+    def longest(self) -> int:
+        """See `Objective.longest`."""
+        return max(self._sizes(range(self.n_examples)))
+
     def step(self, examples: Sequence[int]) -> tuple[list[MicroBatch], float]:
         """See `Objective.step`; the divisor is the step's scored tokens."""
-        sizes = [sum(stop - start for start, stop in self.rows[i]) for i in examples]
-        micros = []
-        for members in fill(sizes, self.tokens_per_micro_batch):
-            chosen = [examples[m] for m in members]
-            spans = [self.documents.span(*s) for i in chosen for s in self.rows[i]]
-            micros.append(MicroBatch(document_layout(spans, self.loss_on), chosen))
+        cut = fill(self._sizes(examples), self.tokens_per_micro_batch)
+        micros = [self._micro_batch([examples[m] for m in members]) for members in cut]
         return micros, float(max(1, sum(len(m.layout.targets_N) for m in micros)))
+
+    def heaviest(self, order: Order) -> MicroBatch:
+        """See `Objective.heaviest`."""
+        return self._micro_batch(_heaviest(order, self._sizes, self.tokens_per_micro_batch))
 
     def loss(self, logp_N: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
         """See `Objective.loss`."""
@@ -92,6 +113,13 @@ class LanguageModelling:
     def names(self, examples: Sequence[int]) -> list[str]:
         """See `Objective.names`."""
         return [f"packed row {i}" for i in examples]
+
+    def _sizes(self, examples: Sequence[int]) -> list[int]:
+        return [sum(stop - start for start, stop in self.rows[i]) for i in examples]
+
+    def _micro_batch(self, examples: list[int]) -> MicroBatch:
+        spans = [self.documents.span(*s) for i in examples for s in self.rows[i]]
+        return MicroBatch(document_layout(spans, self.loss_on), examples)
 
 
 @dataclass
@@ -109,14 +137,20 @@ class Preference:
         """Pairs."""
         return len(self.pairs)
 
+    @property
+    def longest(self) -> int:
+        """See `Objective.longest`."""
+        return max(self._sizes(range(self.n_examples)))
+
     def step(self, examples: Sequence[int]) -> tuple[list[MicroBatch], float]:
         """See `Objective.step`; the divisor is the step's pairs."""
-        sizes = [pair_tokens(self.pairs[i]) for i in examples]
-        micros = []
-        for members in fill(sizes, self.tokens_per_micro_batch):
-            chosen = [examples[m] for m in members]
-            micros.append(MicroBatch(pair_layout([self.pairs[i] for i in chosen]), chosen))
+        cut = fill(self._sizes(examples), self.tokens_per_micro_batch)
+        micros = [self._micro_batch([examples[m] for m in members]) for members in cut]
         return micros, float(len(examples))
+
+    def heaviest(self, order: Order) -> MicroBatch:
+        """See `Objective.heaviest`."""
+        return self._micro_batch(_heaviest(order, self._sizes, self.tokens_per_micro_batch))
 
     def loss(self, logp_N: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
         """See `Objective.loss`; metrics carry TRL's names."""
@@ -152,7 +186,37 @@ class Preference:
         a, b, c, d = (torch.from_numpy(column[index]).to(device) for column in columns)
         return a, b, c, d
 
+    def _sizes(self, examples: Sequence[int]) -> list[int]:
+        return [pair_tokens(self.pairs[i]) for i in examples]
+
+    def _micro_batch(self, examples: list[int]) -> MicroBatch:
+        return MicroBatch(pair_layout([self.pairs[i] for i in examples]), examples)
+
 
 def pair_tokens(pair: EncodedPair) -> int:
     """Tokens of a pair in the shared layout."""
     return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def _heaviest(
+    order: Order, sizes_of: Callable[[Sequence[int]], list[int]], budget: int
+) -> list[int]:
+    """Examples of an order's micro-batch with the most tokens; of several the first."""
+    sizes_E = np.array(sizes_of(range(order.n_examples)), np.int64)
+    found, most = [], 0
+    for examples in _steps(order):
+        sizes = sizes_E[examples]
+        if max(sizes.max(), min(sizes.sum(), budget)) <= most:  # however the step is cut
+            continue
+        for members in fill(sizes.tolist(), budget):
+            if (tokens := int(sizes[members].sum())) > most:
+                found, most = examples[members].tolist(), tokens
+    return found
+
+
+def _steps(order: Order) -> Iterator[np.ndarray]:
+    """`order.step` of every step, with each epoch's permutation drawn once."""
+    for first in range(0, order.total_steps, order.steps_per_epoch):
+        examples = order.epoch(first // order.steps_per_epoch)
+        for at in range(min(order.steps_per_epoch, order.total_steps - first)):
+            yield examples[at * order.batch_size : (at + 1) * order.batch_size]

@@ -1,8 +1,10 @@
-"""Small trainings of the tiny model, and someone who watches and interrupts them."""
+"""Small trainings of the tiny model, someone who interrupts them, and memory that ends."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from zephyr_lite.data.layout import join_documents, pack_masked
 from zephyr_lite.data.reference_cache import ReferenceLogProbs
@@ -50,6 +54,47 @@ class Watcher:
         self.notes.append(text)
 
     def end(self) -> None: ...
+
+
+class Budget(TorchDispatchMode):
+    """Counts the bytes of tensors made in the block, and allows `cap` of them.
+
+    live, peak: bytes now, and at most so far. refusals: how often there was no room.
+    """
+
+    def __init__(self, cap: float = float("inf")) -> None:
+        super().__init__()
+        self.cap, self.live, self.peak, self.refusals = cap, 0, 0, 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for given in tree_iter((args, kwargs or {})):
+            self._see(given, is_new=False)
+        output = func(*args, **(kwargs or {}))
+        for made in tree_iter(output):
+            self._see(made, is_new=True)
+        if self.live > self.cap:
+            self.refusals += 1
+            raise torch.OutOfMemoryError(f"{self.live} bytes of {self.cap:.0f}\nsecond line")
+        self.peak = max(self.peak, self.live)
+        return output
+
+    def _see(self, value: Any, *, is_new: bool) -> None:
+        if not isinstance(value, torch.Tensor):
+            return
+        storage = value.untyped_storage()
+        key, size = id(storage), storage.nbytes() if is_new else 0
+        if key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            del self._known[key]
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
 
 
 @pytest.fixture
@@ -134,3 +179,26 @@ def dpo_job(load_tiny: Callable, random_pairs: Callable) -> Callable[..., Job]:
 def watcher() -> Callable[..., Watcher]:
     """The class of listeners."""
     return Watcher
+
+
+@pytest.fixture
+def allowed() -> type[Budget]:
+    """`with allowed(cap) as budget:` for a block that may not have more than `cap` bytes."""
+    return Budget
+
+
+@pytest.fixture
+def before_micro_batch() -> Callable[[Job, int, Callable[[], None]], None]:
+    """`before_micro_batch(job, number, act)`: act before that one's forward, counted from 1."""
+
+    def arrange(job: Job, number: int, act: Callable[[], None]) -> None:
+        log_probs, calls = job.policy.log_probs, itertools.count(1)
+
+        def watched(layout: Any, *, training: bool = False) -> torch.Tensor:
+            if training and next(calls) == number:
+                act()
+            return log_probs(layout, training=training)
+
+        job.policy.log_probs = watched
+
+    return arrange
