@@ -76,6 +76,57 @@ class Task:
         return Planned(self.name, trained, sum(frozen))
 
 
+class Shared:
+    """A base that all cases of a part share, built at the first one that is measured.
+
+    Adapters come and go on it, and a cap holds the process to what a smaller card has.
+    """
+
+    def __init__(self, bench: Bench, geometry: Geometry) -> None:
+        self.bench, self.geometry = bench, geometry
+        self._base: Any = None
+        self._adapted: Any = None
+
+    def adapted(self, adapters: dict[str, int], dropout: float) -> Any:
+        """The base with fresh adapters, name -> rank, their B not 0, in place of earlier ones.
+
+        Args: dropout: of the last, which is the one that trains.
+        """
+        self.release()
+        model = self.base if self._adapted is None else self._adapted.unload()
+        for name, rank in adapters.items():
+            rate = dropout if name == list(adapters)[-1] else 0.0
+            lora = Lora(r=rank, alpha=rank, dropout=rate)
+            model = add_adapter(model, name, lora, seed=1)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.normal_(std=0.002)
+        self._adapted = model
+        return model
+
+    @property
+    def base(self) -> Any:
+        """The base itself."""
+        if self._base is None:
+            # The ceilings first: their matrices need room that a cap may not leave.
+            _ = self.bench.matmul_tflops, self.bench.copy_gb_per_s
+            self._base = build_model(self.bench, self.geometry)
+        return self._base
+
+    def release(self) -> None:
+        """Between cases: gradients; the engine's buffers go with it."""
+        if self._adapted is not None:
+            self._adapted.zero_grad(set_to_none=True)
+        self.bench.release()
+
+    def cap(self, limit: int | None) -> None:
+        """Limit the bytes that this process may reserve. A CPU has no such limit."""
+        if self.bench.on_gpu:
+            total = torch.cuda.get_device_properties(self.bench.device).total_memory
+            share = 1.0 if limit is None else min(1.0, limit / total)
+            torch.cuda.set_per_process_memory_fraction(share)
+
+
 class Rig:
     """The model of a part, built at the first case that is measured.
 
@@ -85,23 +136,14 @@ class Rig:
     def __init__(self, bench: Bench, task: Task, geometry: Geometry) -> None:
         self.bench, self.task, self.geometry = bench, task, geometry
         self.warmup, self.steps = bench.pick((2, 6), (1, 2))
+        self._shared = Shared(bench, geometry)
         self._model: Any = None
 
     @property
     def model(self) -> Any:
-        """The base with all adapters, their B not 0."""
+        """The base with all adapters."""
         if self._model is None:
-            # The ceilings first: their matrices need room that a cap may not leave.
-            _ = self.bench.matmul_tflops, self.bench.copy_gb_per_s
-            model = build_model(self.bench, self.geometry)
-            for name, rank in self.task.adapters.items():
-                rate = 0.05 if name == self.task.trained else 0.0
-                lora = Lora(r=rank, alpha=rank, dropout=rate)
-                model = add_adapter(model, name, lora, seed=1)
-            for name, parameter in model.named_parameters():
-                if ".lora_B." in name:
-                    parameter.data.normal_(std=0.002)
-            self._model = model
+            self._model = self._shared.adapted(self.task.adapters, 0.05)
         return self._model
 
     def policy(self, setting: Setting) -> Policy:
@@ -128,17 +170,12 @@ class Rig:
         return made
 
     def release(self) -> None:
-        """Between cases: gradients; the engine's buffers go with it."""
-        if self._model is not None:
-            self._model.zero_grad(set_to_none=True)
-        self.bench.release()
+        """See `Shared.release`."""
+        self._shared.release()
 
     def cap(self, gib: float | None) -> None:
-        """Limit what this process may reserve. A CPU has no such limit."""
-        if self.bench.on_gpu:
-            total = torch.cuda.get_device_properties(self.bench.device).total_memory
-            share = 1.0 if gib is None else min(1.0, gib * GIB / total)
-            torch.cuda.set_per_process_memory_fraction(share)
+        """See `Shared.cap`."""
+        self._shared.cap(None if gib is None else int(gib * GIB))
 
 
 def geometry_of(bench: Bench) -> Geometry:

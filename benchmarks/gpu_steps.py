@@ -43,7 +43,8 @@ def step_cases(bench: Bench, rig: Rig, settings: list[Setting]) -> Iterator[Case
     """The engine's own proof on this model, then a case per setting."""
     size = {"layers": rig.geometry.layers, "hidden": rig.geometry.hidden}
     task = {"task": rig.task.name, "ranks": list(rig.task.adapters.values())}
-    yield Case({**task, **size, "name": "self_test"}, lambda: [_self_test(rig, settings[0])])
+    proof = {**task, **size, "name": "self_test", "gemm": "exact"}
+    yield Case(proof, lambda: [_self_test(rig, settings[0])])
     for setting in settings:
         yield Case({**task, **size, **asdict(setting)}, lambda s=setting: _measure(rig, s))
 

@@ -229,10 +229,11 @@ def _find_out(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
         parser.error(f"argument --out: {arguments.out}: toy rows are no results")
 
 
-def _stop(*_: object) -> None:
-    raise SystemExit(143)  # through subprocess.run, which ends the process of the case
+def _stop(number: int, _: object) -> None:
+    raise SystemExit(128 + number)  # through subprocess.run, which ends the process of the case
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     raise SystemExit(main())

@@ -4,11 +4,13 @@ fp32 where nothing is quantised; NF4 with double quantisation as bitsandbytes st
 tensor, so that a 7B takes 4 GB of disk and no more memory than one matrix. The numbers are noise:
 losses mean nothing, shapes, bytes and kernels are the real ones.
 
-Knows torch, transformers and bitsandbytes, and nothing of zephyr_lite.
+Knows torch, transformers and bitsandbytes, and nothing of zephyr_lite. As a script it writes one:
+GEOMETRY FOLDER QUANTIZATION SEED DEVICE.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,7 @@ def config_of(geometry: Geometry) -> MistralConfig:
 
 
 def write_checkpoint(
-    geometry: Geometry, folder: Path, *, quantization: str, seed: int, device: str
+    geometry: Geometry, folder: Path, *, quantization: str, seed: int, device: str = "cpu"
 ) -> int:
     """Write config.json and safetensors of one checkpoint; the number of its weights.
 
@@ -182,3 +184,10 @@ def _pack(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]
     prefix = name.removesuffix("weight")
     for key, tensor in linear.state_dict().items():
         yield prefix + key, tensor.cpu().contiguous()
+
+
+if __name__ == "__main__":
+    name, folder_name, kind, number, where = sys.argv[1:]
+    write_checkpoint(
+        GEOMETRIES[name], Path(folder_name), quantization=kind, seed=int(number), device=where
+    )

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import race_model
 from race_lengths import dialogue_lengths, pair_lengths
 from race_model import GEOMETRIES, Geometry, count_weights, write_adapter, write_checkpoint
 from race_work import SEED, write_work
 from transformers import AutoConfig
 
 from zephyr_lite.data.layout import Order, join_documents, pack_masked
+from zephyr_lite.storage import cache_folder
 
 FIRST_ID = 3  # after the special tokens
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Sizes of adapter and data of one race, as the recipes have them.
+    """Sizes of adapter and data of one race, as the recipes have them; but for beta, whose 0.01
+    would leave the first loss near ln 2 whatever the adapter did.
 
     examples: pairs that exist; None: as many as the steps need. batch: pairs or packed rows of one
     optimizer step. row_length: tokens of a packed row. shrink: real lengths are divided by this.
@@ -45,7 +50,7 @@ class Setup:
 
 
 SETUPS = {
-    ("mistral-7b", "dpo"): Setup(rank=128, batch=16, beta=0.01),
+    ("mistral-7b", "dpo"): Setup(rank=128, batch=16),
     ("mistral-7b", "sft"): Setup(rank=16, batch=8),
     ("21m", "dpo"): Setup(rank=16, batch=8, examples=24),
     ("21m", "sft"): Setup(rank=16, batch=4, row_length=1024),
@@ -93,12 +98,11 @@ def find_base(name: str, folder: Path, device: str) -> Path:
     """The checkpoint of a geometry; written where it is not there yet.
 
     fp32 in the race's own folder for a CPU; NF4 for a GPU, in the user's cache, where it stays.
+    Raises: subprocess.CalledProcessError when it cannot be written.
     """
     if device == "cpu":
         _write(name, folder / "base", "none", device)
         return folder / "base"
-    from zephyr_lite.storage import cache_folder
-
     kept = cache_folder() / "races" / f"{name}-nf4-{SEED}"
     if not (kept / "model.safetensors").exists():
         part = kept.with_name(f"{kept.name}.{os.getpid()}.part")
@@ -109,7 +113,12 @@ def find_base(name: str, folder: Path, device: str) -> Path:
 
 
 def _write(name: str, folder: Path, quantization: str, device: str) -> None:
-    write_checkpoint(GEOMETRIES[name], folder, quantization=quantization, seed=SEED, device=device)
+    if device == "cpu":
+        write_checkpoint(GEOMETRIES[name], folder, quantization=quantization, seed=SEED)
+        return
+    # Elsewhere: what this process took of the GPU, the sides of the race would lack.
+    command = [sys.executable, race_model.__file__, name, str(folder), quantization, str(SEED)]
+    subprocess.run([*command, device], check=True)
 
 
 def _pairs(

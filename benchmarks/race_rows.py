@@ -23,6 +23,7 @@ from race_work import Case, Work
 TOLERANCES = {"cpu": (1e-4, 1e-3), "cuda": (2e-2, 5e-2)}
 WITH_DROPOUT = 5e-2  # any step but the first, which is without
 FLOOR = 0.05  # nats: what a smaller loss is compared to
+COMPILED = 150  # seconds that Unsloth may take to compile, by its own account 100
 Runs = list[dict[str, Any]]
 Row = dict[str, Any]
 
@@ -120,6 +121,7 @@ def identity(case: Case) -> Row:
         "warmup_steps": case.warmup,
         "optimizer": case.optimizer,
         "dropout": case.dropout,
+        "beta": case.beta if case.task == "dpo" else None,
     }
 
 
@@ -138,9 +140,7 @@ def ratios(rows: list[Row]) -> Iterator[Row]:
     for setting in ("best", "default"):
         kept = [row for row in fine if setting in ("best", row["setting"])]
         sides = list(dict.fromkeys(row["side"] for row in kept))
-        fastest = {
-            side: max(_of(kept, side), key=lambda row: row["tokens_per_second"]) for side in sides
-        }
+        fastest = {side: min(_of(kept, side), key=lambda row: row["seconds"]) for side in sides}
         ours = fastest.pop("ours", None)
         for side, theirs in fastest.items():
             if ours is not None:
@@ -161,7 +161,7 @@ def _ratio(ours: Row, theirs: Row, side: str, setting: str) -> Row:
         "rival": side,
         "ours_row": ours["row"],
         "rival_row": theirs["row"],
-        "speed_ratio": round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3),
+        "speed_ratio": round(theirs["seconds"] / ours["seconds"], 3),
         "cpu_ratio": round(theirs["cpu_seconds"] / ours["cpu_seconds"], 3),
         "memory_ratio": round(ours["peak_memory_gib"] / theirs["peak_memory_gib"], 3),
     }
@@ -196,6 +196,8 @@ def _figures(case: Case, runs: Runs, work: Work, least: list[float] | None) -> R
         "attention": runs[-1]["attention"],
         "last_loss": runs[-1]["losses"][-1],
     }
+    if case.side == "unsloth" and case.device == "cuda" and row["warmup_seconds"] < COMPILED:
+        row["note"] = f"warmed up for less than {COMPILED} s, which it may take to compile"
     if least is not None:
         row["percent_of_roofline"] = round(100 * sum(least[s] for s in timed) / sum(each), 1)
     row |= {key: runs[-1][key] for key in ("planned", "notches") if key in runs[-1]}

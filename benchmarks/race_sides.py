@@ -47,7 +47,6 @@ QUIET = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
 }
 Options = list[tuple[str | None, str, dict[str, Any]]]  # engine, setting, options
-LAST_LINES = 2
 TOKENS = 2048  # of a micro-batch under engine hf
 
 
@@ -137,7 +136,7 @@ def missing(side: str, python: str) -> str:
     except OSError as error:
         return f"{python} does not run: {error.strerror}; {hint}PATH"
     if done.returncode:
-        return f"{python} does not run: {last_lines(done.stderr)}; {hint}PATH"
+        return f"{python} does not run: {last_line(done.stderr)}; {hint}PATH"
     lacking = json.loads(done.stdout)
     return f"{python} lacks {', '.join(lacking)}; {hint}PATH" if lacking else ""
 
@@ -148,8 +147,9 @@ def run_apart(case: Case, folder: Path, python: str) -> dict[str, Any]:
     out.unlink(missing_ok=True)
     script = FOLDER / f"race_{SCRIPTS[case.side]}.py"
     command = [python, str(script), json.dumps(asdict(case)), str(folder), str(out)]
-    more = case.options.get("env", {}) | ({"UNSLOTH_FORCE_CPU": "1"} if on_cpu(case) else {})
-    environment = _environment(case.threads, more)
+    environment = _environment(case.threads, case.options.get("env", {}))
+    if case.device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "UNSLOTH_FORCE_CPU": "1"}
     if case.side == "ours":  # may stand on it
         environment |= {k: v for k, v in os.environ.items() if k == "PYTHONPATH"}
     done = subprocess.run(
@@ -157,20 +157,16 @@ def run_apart(case: Case, folder: Path, python: str) -> dict[str, Any]:
     )
     if done.returncode == 0:
         return {"status": "ok", **json.loads(out.read_text(encoding="utf-8"))}
-    is_full = "OutOfMemoryError" in done.stderr or done.returncode == -9
+    is_full = "out of memory" in done.stderr.lower() or done.returncode == -9
     status = "out of memory" if is_full else "failed"
-    reason = last_lines(done.stderr) or f"the process ended with code {done.returncode}"
+    reason = last_line(done.stderr) or f"the process ended with code {done.returncode}"
     return {"status": status, "reason": reason}
 
 
-def on_cpu(case: Case) -> bool:
-    """Whether nothing of the case may touch a GPU."""
-    return case.device == "cpu"
-
-
-def last_lines(text: str) -> str:
-    """The last lines that say something, in one."""
-    return " | ".join([line.strip() for line in text.splitlines() if line.strip()][-LAST_LINES:])
+def last_line(text: str) -> str:
+    """The last line that says something: of a traceback the error, without the machine's paths."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def _environment(threads: int, more: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gpu_kernels as ops
+import gpu_kernels_fp16acc as fp16_ops
 import gpu_kernels_lora as lora_ops
 import torch
 from gpu_attention_race import Heads
@@ -21,7 +22,7 @@ from gpu_kernels_attention import attend, documents, pairs
 from gpu_kernels_lora import examine_nf4
 from gpu_rows import Measure, Part, failed, figure
 
-PART = Part("kernels_correct", 1, "Is every kernel right in bf16 and fp16?", by_commit=True)
+PART = Part("kernels_correct", 2, "Is every kernel right in bf16 and fp16?", by_commit=True)
 # One token; odd sizes; a row wider than one tile of its power of two; Mistral's width.
 ROWS = ((1, 4096), (63, 96), (1000, 5120), (257, 4096))
 TOY_ROWS = ((1, 64), (7, 96))
@@ -30,6 +31,7 @@ ROPE = ((63, 40, 128), (1, 40, 64), (517, 9, 96))  # tokens, heads, width
 NF4 = ((6, 96), (33, 64), (70, 256), (1024, 4096), (4096, 14336))
 TOY_NF4 = ((6, 96), (33, 64))
 LORA = ((1, 4096, 48), (63, 1000, 24), (517, 4096, 48), (1000, 4096, 384))  # T, width, rank
+FP16 = ((1, 4096), (63, 1000), (517, 14336), (300, 28672))  # tokens, width
 HEAD = ((1, 4096, 32000), (63, 96, 1003), (517, 4096, 32000))  # rows, width, vocabulary
 DOCUMENTS = [37, 1, 130, 63, 255]
 PAIRS = [(37, 50, 61), (1, 17, 33), (5, 1, 1), (64, 64, 63), (129, 3, 70), (200, 300, 5)]
@@ -70,6 +72,7 @@ def _operations(bench: Bench) -> Iterator[tuple[dict[str, Any], Run]]:
     yield from _rope(bench)
     yield from _nf4(bench)
     yield from _lora(bench)
+    yield from _fp16acc(bench)
     yield from _head(bench)
     yield from _attention(bench)
 
@@ -127,6 +130,15 @@ def _lora(bench: Bench) -> Iterator[tuple[dict[str, Any], Run]]:
             shape = {"op": "linear", **size, "augmented": augmented}
             arguments = (tokens, width, width // 2, rank, augmented)
             yield shape, _trial(bench, lora_ops.linear, *arguments)
+
+
+def _fp16acc(bench: Bench) -> Iterator[tuple[dict[str, Any], Run]]:
+    for tokens, width in bench.pick(FP16, TOY_ROWS):
+        size = {"tokens": tokens, "width": width}
+        yield {"op": "scale_rows", **size}, _trial(bench, fp16_ops.scale_rows, tokens, width)
+        for pieces in (1, 2, 7):
+            shape = {"op": "unscale_rows", **size, "pieces": pieces}
+            yield shape, _trial(bench, fp16_ops.unscale_rows, tokens, width, pieces)
 
 
 def _head(bench: Bench) -> Iterator[tuple[dict[str, Any], Run]]:

@@ -32,6 +32,7 @@ def cases(bench: Bench) -> Iterator[Case]:
         sizes = {member: geometry.linears[member] for member in members}
         for rank, dropout in bench.pick(((16, 0.0), (16, 0.05), (128, 0.0)), ((4, 0.05),)):
             shape = {"group": name, "tokens": tokens, "rank": rank, "dropout": dropout}
+            shape["gemm"] = "exact"
             yield Case(
                 shape,
                 lambda s=sizes, r=rank, d=dropout, t=tokens: _measure(bench, s, t, r, d),

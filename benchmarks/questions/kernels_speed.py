@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gpu_kernels as ops
+import gpu_kernels_fp16acc as fp16_ops
 import gpu_kernels_lora as lora_ops
 import torch
 from gpu_attention import build_sdpa_flash, pack_documents
@@ -32,13 +33,13 @@ from gpu_model import MISTRAL_7B, TOY, compute_dtype
 from gpu_rows import Measure, Part
 from questions.attention_shared import ULTRAFEEDBACK
 from questions.nf4 import ideal_bytes
-from zephyr_kernels import attention, linear_logprob, lora, nf4, norm, rope, swiglu
+from zephyr_kernels import attention, fp16acc, linear_logprob, lora, nf4, norm, rope, swiglu
 
 from zephyr_lite.data.layout import Layout
 from zephyr_lite.plan.geometry import Geometry
 from zephyr_lite.plan.work import work_of
 
-PART = Part("kernels_speed", 1, "Each kernel's time and share of copy bandwidth?", by_commit=True)
+PART = Part("kernels_speed", 2, "Each kernel's time and share of copy bandwidth?", by_commit=True)
 EPS = 1e-5
 SMALL_PAIRS: list[Pair] = [(37, 50, 61), (5, 1, 1), (64, 64, 63)]
 
@@ -189,6 +190,29 @@ def _lora_race(bench: Bench, g: Geometry, tokens: int, rank: int) -> Iterator[Me
     yield from _race(bench, runs)
 
 
+def _fp16acc(bench: Bench, g: Geometry, tokens: int) -> Iterator[Measure]:
+    """Rows of down_proj's input to fp16; its output back from one piece, in place, and from all."""
+    dtype, pieces = compute_dtype(bench), len(fp16acc.pieces_of(g.feed_forward))
+    inputs, outputs = g.feed_forward, g.hidden
+    yield _checked(bench, "scale_rows", fp16_ops.scale_rows(bench, dtype, tokens, inputs))
+    trial = fp16_ops.unscale_rows(bench, dtype, tokens, outputs, pieces)
+    yield _checked(bench, "unscale_rows", trial)
+    x = bench.randn(tokens, inputs, dtype=dtype)
+    sums = bench.randn(pieces, tokens, outputs, dtype=torch.float16)
+    undo = torch.ones(tokens, device=bench.device)
+    row, out = sums[:1].nbytes, tokens * outputs * dtype.itemsize
+    yield from _race(
+        bench,
+        {
+            "scale_rows": (lambda: fp16acc.scale_rows(x), x.nbytes + 2 * x.numel()),
+            "unscale_rows": (lambda: fp16acc.unscale_rows(sums[:1], undo, dtype), row + out),
+            f"unscale_rows_{pieces}_pieces": (
+                lambda: fp16acc.unscale_rows(sums, undo, dtype), sums.nbytes + out,
+            ),
+        },
+    )  # fmt: skip
+
+
 def _head(bench: Bench, g: Geometry, tokens: int) -> Iterator[Measure]:
     dtype, shape = compute_dtype(bench), (g.hidden, g.vocabulary)
     yield _checked(bench, "log_probs", ops.head(bench, dtype, min(tokens, 512), *shape, None))
@@ -208,7 +232,8 @@ def _head(bench: Bench, g: Geometry, tokens: int) -> Iterator[Measure]:
 
 
 MEASURES: dict[str, Callable[[Bench, Geometry, int], Iterator[Measure]]] = {
-    "norm": _norm, "rope": _rope, "swiglu": _swiglu, "nf4": _nf4, "lora": _lora, "head": _head,
+    "norm": _norm, "rope": _rope, "swiglu": _swiglu, "nf4": _nf4, "lora": _lora,
+    "fp16acc": _fp16acc, "head": _head,
 }  # fmt: skip
 
 

@@ -65,6 +65,7 @@ class Layers:
         self._d = geometry.hidden * setting.element
         self._f = geometry.feed_forward * setting.element
         self._q = geometry.heads * geometry.head_width * setting.element
+        self._head_q = self._q if geometry.head_norms else 0
         self._kv = 2 * geometry.kv_heads * geometry.head_width * setting.element
 
     def forward(self, number: int, rows: Rows, *, keeps: bool) -> int:
@@ -121,6 +122,7 @@ class Layers:
             self._project(local, number, "qkv", rows)
             self._turn(local, rows)
             local.take(self._head_copies(rows))
+            local.pass_(self._head_rows(rows) + self._squares(u, self._head_q))
             self._attention(rows).forward(local)
             local.take(kept.out + kept.lse)
             self._project(local, number, "o", rows)
@@ -153,10 +155,11 @@ class Layers:
                 local.drop(u * self._f)
             self._returned(local, number, "down", rows)
             local.pass_(self._swiglu_backward(u))
-            grads = local.take(products.adapter_gradients(local, u, down, number))
+            grads = local.take(products.adapter_gradients(u, down, number))
             returned = self._returned(local, number, "gate_up", rows)
             local.take(u * self._d)  # n2
-            grads += local.take(products.adapter_gradients(local, u, gate_up, number))
+            grads += local.take(products.adapter_gradients(u, gate_up, number))
+            local.pass_(self._squares(u, self._d))
         return returned.dx, grads
 
     def _attention_backward(self, number: int, rows: Rows, wants_dx: bool) -> tuple[int, int]:
@@ -165,14 +168,17 @@ class Layers:
         o, qkv = self._groups["o"], self._groups["qkv"]
         with self._ledger.frame() as local:
             self._returned(local, number, "o", rows)
-            grads = local.take(products.adapter_gradients(local, u, o, number))
+            grads = local.take(products.adapter_gradients(u, o, number))
             local.take(u * self._q + t * self._kv)  # gradients of q, k and v
             local.take(self._head_copies(rows))
+            local.pass_(self._head_rows(rows) + self._squares(u, self._head_q))
             self._attention(rows).backward(local)
             self._turn(local, rows)
+            local.pass_(2 * self._head_rows(rows) + self._squares(rows.needed, self._head_q))
             returned = self._returned(local, number, "qkv", rows, wants_dx=wants_dx)
             local.take(t * self._d)  # n1
-            grads += local.take(products.adapter_gradients(local, t, qkv, number))
+            grads += local.take(products.adapter_gradients(t, qkv, number))
+            local.pass_(self._squares(t, self._d) if wants_dx else 0)
             local.pass_(u * self._d if rows.is_cut and wants_dx else 0)
         return returned.dx, grads
 
@@ -191,7 +197,7 @@ class Layers:
         if not group.loras:
             return Returned(dx, 0, 0)
         queries = rows.needed if is_cut else None
-        returned = self._products.backward(frame, count, group, number, dx, queries)
+        returned = self._products.backward(count, group, number, dx, queries)
         frame.take(returned.ds + returned.db)
         return returned
 
@@ -211,6 +217,15 @@ class Layers:
             return 0
         heads = rows.needed * self._geometry.heads + rows.tokens * self._geometry.kv_heads
         return heads * (self._geometry.head_width * self._element + FP32)
+
+    def _squares(self, rows: int, width: int) -> int:
+        """A CPU's norm, or its backward, writes the products whose mean it takes."""
+        return rows * width if self._is_cpu else 0
+
+    def _head_rows(self, rows: Rows) -> int:
+        """q, a head a row: a copy where its norm reads or writes it among k and v."""
+        is_copied = self._geometry.head_norms and not rows.is_cut
+        return rows.needed * self._q if is_copied else 0
 
     def _turn(self, frame: Frame, rows: Rows) -> None:
         """A CPU turns half of q and k through a buffer of their size."""

@@ -63,11 +63,6 @@ class Returned:
     ds: int
     db: int
 
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.dx + self.ds + self.db
-
 
 def groups_of(geometry: Geometry, setting: Setting) -> dict[str, Group]:
     """The four groups of a layer."""
@@ -113,9 +108,9 @@ class Products:
         return s
 
     def backward(
-        self, frame: Frame, rows: int, group: Group, layer: int, dx: int, queries: int | None = None
+        self, rows: int, group: Group, layer: int, dx: int, queries: int | None = None
     ) -> Returned:
-        """dS, dB and what LoRA adds to dX, whose bytes are `dx`, already in the frame.
+        """dS, dB and what LoRA adds to dX, whose bytes are `dx` and already taken.
 
         queries: rows of q's gradient where only those are needed.
         """
@@ -133,7 +128,7 @@ class Products:
                 self._input_backward(local, rows, group, layer)
         return Returned(dx, ds, db)
 
-    def adapter_gradients(self, frame: Frame, rows: int, group: Group, layer: int) -> int:
+    def adapter_gradients(self, rows: int, group: Group, layer: int) -> int:
         """dA and dB with its scale: the gradients that are handed to autograd."""
         gradients = FP32 * sum(x.trained * (group.inputs + x.outputs) for x in group.loras)
         da = group.trained * group.inputs * FP32

@@ -135,15 +135,17 @@ def fits(training: Training, budget: int, memory: Memory, longest: Work | None =
 
 
 def _token_budgets(training: Training, memory: Memory) -> Iterator[tuple[int, Works]]:
-    """Those worth trying, and their micro-batches: a small one cuts as the next does where every
-    example goes alone, a large one where a step is one micro-batch."""
+    """Those worth trying, and their micro-batches.
+
+    Of several that cut alike the largest: small ones do where every example goes alone, large ones
+    where a step is one micro-batch.
+    """
     fixed = memory.tokens_per_micro_batch != "auto"
-    before: Works | None = None
-    for tokens in (memory.tokens,) if fixed else TOKENS:
-        works = training.lengths.works(tokens, training.order)
-        if works != before:
+    budgets = (memory.tokens,) if fixed else TOKENS
+    cuts = [(tokens, training.lengths.works(tokens, training.order)) for tokens in budgets]
+    for (tokens, works), (_, after) in zip(cuts, [*cuts[1:], (0, None)], strict=True):
+        if works != after:
             yield tokens, works
-        before = works
 
 
 def _places(setting: Setting, memory: Memory) -> Iterator[tuple[Rest, Place]]:

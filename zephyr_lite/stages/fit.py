@@ -78,12 +78,14 @@ def outcome(ctx: Context, job: Job) -> dict[str, Any]:
 
 def budget_of(memory: Memory, device: torch.device) -> int:
     """Bytes that a training may take on the device, its CUDA context among them."""
-    reserve = int(memory.reserve * GB)
+    reserve, limits = int(memory.reserve * GB), []
     if memory.budget is not None:
-        bytes_ = memory_bytes(memory.budget)
-        return (usable_bytes(bytes_) if device.type == "cuda" else bytes_) - reserve
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES - reserve
+        asked = memory_bytes(memory.budget)
+        limits.append(usable_bytes(asked) if device.type == "cuda" else asked)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        limits.append(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES)
+    return min(limits) - reserve
 
 
 def in_words(candidate: Candidate, training: Training) -> str:
