@@ -251,5 +251,6 @@ class _LinearLogProb(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        scaled = grad_ND.to(grads[0].dtype) * grads[0][:, None]
-        return scaled.to(grad_ND.dtype), None, None, None, None
+        # Multiplied in the wider dtype and rounded once, without a buffer of that dtype.
+        scaled_ND = torch.mul(grad_ND, grads[0][:, None], out=torch.empty_like(grad_ND))
+        return scaled_ND, None, None, None, None

@@ -37,7 +37,8 @@ from zephyr_lite.model import projections
 from zephyr_lite.model.frozen_weights import Gemm
 from zephyr_lite.model.head_norms import HeadNorms, Pair
 from zephyr_lite.model.host_store import HostStore
-from zephyr_lite.model.projections import Group, Part, Stack
+from zephyr_lite.model.projections import Group, Part
+from zephyr_lite.model.stack import Outline, Stack
 
 Saved = Literal["keep", "lean", "offload"]
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -108,11 +109,6 @@ class _Stacks:
     gate_up: Stack
     down: Stack
 
-    @property
-    def trainable(self) -> tuple[torch.nn.Parameter, ...]:
-        parts = (self.qkv, self.o, self.gate_up, self.down)
-        return tuple(x for stack in parts for x in stack.trainable)
-
 
 @dataclass
 class _Kept:
@@ -137,8 +133,9 @@ def run(x_TD: torch.Tensor, layer: Layer, call: Call) -> torch.Tensor:
     """The layer's output [U, D]; differentiable in x and in every adapter that trains."""
     seeds = [None if call.seed is None else call.seed + 8 * i for i in range(4)]
     groups = zip(layer.groups, seeds, strict=True)
-    stacks = _Stacks(*(group.stack(seed, call.gemm) for group, seed in groups))
-    result: Any = _Layer.apply(x_TD, layer, call, stacks, *stacks.trainable)
+    outlines = tuple(group.outline(seed, call.gemm) for group, seed in groups)
+    trainable = (parameter for outline in outlines for parameter in outline.trainable)
+    result: Any = _Layer.apply(x_TD, layer, call, outlines, *trainable)
     return result
 
 
@@ -149,15 +146,16 @@ class _Layer(torch.autograd.Function):
         x_TD: torch.Tensor,
         layer: Layer,
         call: Call,
-        stacks: _Stacks,
+        outlines: tuple[Outline, ...],
         *trainable: torch.Tensor,
     ) -> torch.Tensor:
+        stacks = _Stacks(*(outline.stack() for outline in outlines))
         ctx.held = call.host.put(x_TD) if call.saved == "offload" else None
         kept = _attend_and_project(x_TD, layer, call, stacks)
         h_UF = swiglu(*kept.gate_up_U2F.chunk(2, 1))
         (y_UD,), s_down_UR = projections.forward(h_UF, layer.down, stacks.down)
         y_UD += kept.mid_UD
-        ctx.layer, ctx.call, ctx.stacks = layer, call, stacks
+        ctx.layer, ctx.call, ctx.outlines = layer, call, outlines
         ctx.kept = (kept, s_down_UR) if call.saved == "keep" else None
         ctx.save_for_backward(*([] if ctx.held is not None else [x_TD]))
         return y_UD
@@ -166,7 +164,8 @@ class _Layer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy_UD = grads[0].contiguous()
-        layer, call, stacks = ctx.layer, ctx.call, ctx.stacks
+        layer, call = ctx.layer, ctx.call
+        stacks = _Stacks(*(outline.stack() for outline in ctx.outlines))
         x_TD = ctx.saved_tensors[0] if ctx.held is None else ctx.held.get()
         if ctx.kept is None:
             kept, s_down_UR = _attend_and_project(x_TD, layer, call, stacks), None
@@ -174,6 +173,7 @@ class _Layer(torch.autograd.Function):
             kept, s_down_UR = ctx.kept
             ctx.kept = None  # what the backward is done with need not wait for the graph's end
         dmid_UD, mlp = _mlp_backward(dy_UD, kept, s_down_UR, layer, stacks)
+        del kept.gate_up_U2F  # the largest, and attention's backward has need of the room
         dx_TD, attention_grads = _attention_backward(
             dmid_UD, x_TD, kept, layer, call, stacks, wants_dx=ctx.needs_input_grad[0]
         )
@@ -215,6 +215,7 @@ def _mlp_backward(
     h_UF = down.dx_TI  # once the next line has read dh and written h over it
     swiglu_backward_(h_UF, gate_UF, up_UF)
     grads = projections.adapter_gradients(down, h_UF, stacks.down)
+    del down, h_UF
     gate_up = projections.backward(
         [kept.gate_up_U2F], kept.s_gate_up_UR, layer.gate_up, stacks.gate_up
     )

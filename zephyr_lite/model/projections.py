@@ -26,56 +26,7 @@ from zephyr_kernels.lora import Dropout, Span, a_backward, input_backward_, rank
 
 from zephyr_lite.errors import MachineError
 from zephyr_lite.model.frozen_weights import FrozenWeight, Gemm, Slot
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One adapter of one projection: its masters (fp32), its place among the projection's ranks."""
-
-    a: torch.nn.Parameter
-    b: torch.nn.Parameter
-    scale: float
-    columns: slice
-    trains: bool
-
-
-@dataclass(frozen=True)
-class Lora:
-    """All adapters of one projection.
-
-    outputs: its features among the group's O. ranks: its rows of the stacked A. b_OR: its B's side
-    by side, the scales folded in.
-    """
-
-    outputs: slice
-    ranks: slice
-    b_OR: torch.Tensor
-    pieces: tuple[Piece, ...]
-
-    @property
-    def trained(self) -> slice | None:
-        """Its columns from the first that trains to the last; None where none does."""
-        columns = [piece.columns for piece in self.pieces if piece.trains]
-        return slice(columns[0].start, columns[-1].stop) if columns else None
-
-
-@dataclass(frozen=True)
-class Stack:
-    """All adapters of a group in the compute dtype; R may be 0.
-
-    spans: which ranks see dropout. gemm: of the products with W, in a forward and its backward.
-    """
-
-    a_RI: torch.Tensor
-    loras: tuple[Lora, ...]
-    spans: tuple[Span, ...]
-    gemm: Gemm = "exact"
-
-    @property
-    def trainable(self) -> tuple[torch.nn.Parameter, ...]:
-        """A and B of each piece that trains, in the order of `backward`'s gradients."""
-        pieces = (piece for lora in self.loras for piece in lora.pieces if piece.trains)
-        return tuple(half for piece in pieces for half in (piece.a, piece.b))
+from zephyr_lite.model.stack import Adapted, Lora, Outline, Piece, Stack
 
 
 @dataclass(frozen=True)
@@ -145,14 +96,13 @@ class Group:
         found = [f"{name} r {'+'.join(map(str, r))}" for name, r in ranks.items()]
         return ", ".join([self.frozen.kind, *found])
 
-    def stack(self, seed: int | None, gemm: Gemm = "exact") -> Stack:
-        """The adapters as they are now; `seed` draws the dropout masks (None: no dropout)."""
-        a_parts: list[torch.Tensor] = []
-        loras: list[Lora] = []
+    def outline(self, seed: int | None, gemm: Gemm = "exact") -> Outline:
+        """The adapters as they stand now; `seed` draws the dropout masks (None: no dropout)."""
+        found: list[Adapted] = []
         spans: list[Span] = []
         rank = column = 0
         for module, width in zip(self.modules, self.widths, strict=True):
-            first, b_parts, pieces = rank, [], []
+            first, pieces = rank, []
             for name in getattr(module, "lora_A", ()):
                 a_RI, b_OR = module.lora_A[name].weight, module.lora_B[name].weight
                 is_active = name in module.active_adapters and not module.disable_adapters
@@ -160,18 +110,15 @@ class Group:
                 stop = rank + a_RI.shape[0]
                 if rate := _dropout_rate(module.lora_dropout[name], seed):
                     spans.append((rank, stop, Dropout(rate, (seed or 0) + len(spans))))
-                a_parts.append(a_RI.detach().to(self.dtype))
-                b_parts.append((b_OR.detach() * scale).to(self.dtype))
                 trains = is_active and a_RI.requires_grad
                 columns = slice(rank - first, stop - first)
                 pieces.append(Piece(a_RI, b_OR, scale, columns, trains))
                 rank = stop
             if pieces:
-                outputs, ranks = slice(column, column + width), slice(first, rank)
-                loras.append(Lora(outputs, ranks, torch.cat(b_parts, 1), tuple(pieces)))
+                outputs = slice(column, column + width)
+                found.append(Adapted(outputs, slice(first, rank), tuple(pieces)))
             column += width
-        a_RI = torch.cat(a_parts) if a_parts else torch.empty(0, 0)
-        return Stack(a_RI, tuple(loras), tuple(spans), gemm)
+        return Outline(tuple(found), tuple(spans), gemm, self.dtype)
 
 
 def product(x_TK: torch.Tensor, weight_KN: torch.Tensor, gemm: Gemm) -> torch.Tensor:

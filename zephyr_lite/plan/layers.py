@@ -91,13 +91,17 @@ class Layers:
         Args: kept: bytes that its forward kept; 0: it is computed again.
         Returns: bytes of dx, and of the adapters' gradients; the caller takes both at once.
         """
+        gate_up = 2 * rows.needed * self._f
         with self._ledger.frame() as frame:
             s_down = rows.needed * self._groups["down"].ranks * self._element if kept else 0
             if not kept:
                 frame.take(self._attend_and_project(number, rows).total)
             dmid, grads = self._mlp_backward(number, rows, s_down)
             frame.take(dmid + grads)
+            part = "activations" if kept else "workspace"  # gate and up are gone from here on
+            self._ledger.give(part, gate_up)
             dx, more = self._attention_backward(number, rows, wants_dx)
+            self._ledger.take(part, gate_up)
         return dx, grads + more
 
     def _kept(self, rows: Rows) -> Kept:
@@ -153,9 +157,10 @@ class Layers:
                 s_down = products.shrink(local, u, down, number)
                 local.take(s_down)
                 local.drop(u * self._f)
-            self._returned(local, number, "down", rows)
+            found = self._returned(local, number, "down", rows)
             local.pass_(self._swiglu_backward(u))
             grads = local.take(products.adapter_gradients(u, down, number))
+            local.drop(found.dx + found.ds + found.db)
             returned = self._returned(local, number, "gate_up", rows)
             local.take(u * self._d)  # n2
             grads += local.take(products.adapter_gradients(u, gate_up, number))

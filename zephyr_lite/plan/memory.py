@@ -5,7 +5,7 @@ bytes (`ledger.py`); no figure is fitted. What stands throughout is in `standing
 `layers.py`, its products in `products.py`, its attention in `attention.py`. The optimizer's step
 needs nothing beside what stands and the gradients, and is never the peak.
 
-    forward     x of every layer, and all that a layer that keeps made; stacks of adapters
+    forward     x of every layer, and all that a layer that keeps made
     head        gradient of the predicting rows, a chunk of logits
     backward    last layer first: what it kept is freed, what it lacks is computed again
 
@@ -148,12 +148,13 @@ class _Step:
         ledger.take("activations", self._work.tokens * self._d)
         for number in range(self._geometry.layers):
             keeps = number >= self._first_kept
-            ledger.take("adapters", stack_bytes(self._geometry, self._setting))
+            stack = ledger.take("adapters", stack_bytes(self._geometry, self._setting))
             if not keeps and self._cut.rest == "offload":
                 if self._leaving is not None:  # it has arrived in host memory
                     ledger.give("activations", self._work.tokens * self._d)
                 self._leaving = number
             kept.append(self._layers.forward(number, self._rows(number), keeps=keeps))
+            ledger.give("adapters", stack)
         return kept
 
     def _head(self) -> None:
@@ -179,13 +180,10 @@ class _Step:
         return rows * g.vocabulary * (FP32 + (e if e < FP32 else 0))
 
     def _backward(self, frame: Frame, kept: list[int]) -> None:
-        """Of the head (scaled in fp32, rounded), the predicting rows, the norm and all layers."""
+        """Of the head, the predicting rows, the norm and all layers."""
         ledger, work = self.ledger, self._work
-        n, u, e = work.scored, self._last_rows.needed, self._setting.element
-        wide = n * self._geometry.hidden * FP32
-        scaled = n * self._d
-        frame.pass_(2 * wide + scaled if e < FP32 else scaled)
-        frame.take(scaled)
+        n, u = work.scored, self._last_rows.needed
+        scaled = frame.take(n * self._d)
         ledger.give("activations", n * self._d)
         dy = frame.take(u * self._d)
         frame.drop(scaled)
@@ -201,7 +199,9 @@ class _Step:
         if number < self._first_kept and self._cut.rest == "offload":
             self._get(number, x)
         rows = self._rows(number)
+        stack = ledger.take("adapters", stack_bytes(self._geometry, self._setting))
         dx, grads = self._layers.backward(number, rows, kept, wants_dx=number > 0)
+        ledger.give("adapters", stack)
         frame.take(dx + grads)
         frame.drop(dy)
         ledger.give("activations", x + kept)

@@ -156,7 +156,7 @@ def dropout_factors(
     factors = {}
     for number, group in enumerate(NativeEngine(model, dtype).layers[0].groups):
         rows = torch.arange(tokens) if rows_U is None or number == 0 else rows_U
-        spans = iter(group.stack(seed + 8 * number).spans)
+        spans = iter(group.outline(seed + 8 * number).stack().spans)
         for module in group.modules:
             a_RD = module.lora_A["dpo"].weight
             start, stop, drop = next(spans)

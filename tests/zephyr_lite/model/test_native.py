@@ -195,14 +195,14 @@ def test_policy_and_reference_are_equal_bit_for_bit(threads: int, checkpointing:
 def test_no_two_masks_of_a_forward_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, seeds = pairs((7, 3, 5)), []
     policy = policy_on("native", BASES["mistral"](), lora_dropout=0.2)
-    stack_of = Group.stack
+    stack_of = Group.outline
 
     def spy(group: Group, seed: int | None, gemm: Gemm) -> Any:
         found = stack_of(group, seed, gemm)
         seeds.extend(drop.seed for *_, drop in found.spans)
         return found
 
-    monkeypatch.setattr(Group, "stack", spy)
+    monkeypatch.setattr(Group, "outline", spy)
     for _ in range(3):
         policy.log_probs(layout, training=True)
     assert len(seeds) == len(set(seeds)) == 3 * 4 * 5

@@ -59,7 +59,7 @@ def test_forward_and_backward_equal_peft(stack: Any) -> None:
     dy = rows(2, truth.shape[1])
     expected = torch.autograd.grad(truth, [x, *leaves], dy, allow_unused=True)
     group = Group(modules, torch.float32)
-    current = group.stack(None)
+    current = group.outline(None).stack()
     (y,), s_TR = projections.forward(x.detach(), group, current)
     assert (s_TR is None) == (not stack[0])
     back = projections.backward([dy], s_TR, group, current)
@@ -76,7 +76,7 @@ def test_forward_and_backward_equal_peft(stack: Any) -> None:
 def test_a_part_for_some_rows_equals_those_rows_of_the_whole() -> None:
     model = make(*STACKS["stacked"])
     group = Group(modules_of(model), torch.float32)
-    stack, x, rows_U = group.stack(None), rows(1), torch.tensor([0, 3, 4, 10])
+    stack, x, rows_U = group.outline(None).stack(), rows(1), torch.tensor([0, 3, 4, 10])
     parts = (Part(0, 32, rows_U), Part(32, 64))
     (whole,), s_TR = projections.forward(x, group, stack)
     (q_UO, kv_TO), _ = projections.forward(x, group, stack, parts)
@@ -102,12 +102,12 @@ def test_parts_must_cover_all_rows_between_them() -> None:
     group = Group(modules_of(make(*STACKS["one"])), torch.float32)
     some = (Part(0, 64, torch.arange(3)),)
     with pytest.raises(ValueError, match="no part of the group covers all rows"):
-        projections.backward([torch.zeros(3, 64)], None, group, group.stack(None), some)
+        projections.backward([torch.zeros(3, 64)], None, group, group.outline(None).stack(), some)
 
 
 def test_dx_is_left_out_where_nobody_wants_it() -> None:
     group = Group(modules_of(make(*STACKS["stacked"])), torch.float32)
-    stack, x = group.stack(None), rows(1)
+    stack, x = group.outline(None).stack(), rows(1)
     _, s_TR = projections.forward(x, group, stack)
     without = projections.backward([rows(2, 64)], s_TR, group, stack, wants_dx=False)
     with_it = projections.backward([rows(2, 64)], s_TR, group, stack)
@@ -132,9 +132,9 @@ def test_an_attached_adapter_with_b_0_changes_no_bit(dtype: torch.dtype, tokens:
         if "lora_B.dpo" in name:
             parameter.data.zero_()
     group, x = Group(modules_of(model), dtype), rows(1, dtype=dtype)[:tokens]
-    (policy,), _ = projections.forward(x, group, group.stack(None))
+    (policy,), _ = projections.forward(x, group, group.outline(None).stack())
     activate(model, ["sft"])
-    reference_stack = group.stack(None)
+    reference_stack = group.outline(None).stack()
     (reference,), _ = projections.forward(x, group, reference_stack)
     assert torch.equal(policy, reference)
     assert [len(lora.pieces) for lora in reference_stack.loras] == [2, 1, 2]
@@ -142,7 +142,7 @@ def test_an_attached_adapter_with_b_0_changes_no_bit(dtype: torch.dtype, tokens:
 
 def test_the_scale_is_peft_s() -> None:
     group = Group(modules_of(make(*STACKS["stacked"])), torch.float32)
-    scales = [[p.scale for p in lora.pieces] for lora in group.stack(None).loras]
+    scales = [[p.scale for p in lora.pieces] for lora in group.outline(None).stack().loras]
     rslora = [5 / rank**0.5 for rank in (3, 5, 3)]
     assert scales == [[5 / 4, rslora[0]], [rslora[1]], [5 / 4, rslora[2]]]
 
@@ -151,7 +151,7 @@ def test_an_adapter_that_is_not_active_has_scale_0_and_does_not_train() -> None:
     model = make(*STACKS["inactive"])
     model.requires_grad_(True)  # as PEFT leaves an adapter that was active before
     group = Group(modules_of(model), torch.float32)
-    for lora in group.stack(None).loras:
+    for lora in group.outline(None).stack().loras:
         dpo = lora.pieces[-1]
         assert dpo.scale == 0.0 and not dpo.trains
         assert not lora.b_OR[:, dpo.columns].any()
@@ -160,8 +160,8 @@ def test_an_adapter_that_is_not_active_has_scale_0_and_does_not_train() -> None:
 def test_only_what_trains_has_dropout_each_projection_its_own() -> None:
     adapters = {"sft": {**SFT, "lora_dropout": 0.1}, "dpo": {**DPO, "lora_dropout": 0.2}}
     group = Group(modules_of(make(adapters, ("sft", "dpo"), "dpo")), torch.float32)
-    assert group.stack(None).spans == ()
-    spans = group.stack(0).spans  # a seed like any other
+    assert group.outline(None).stack().spans == ()
+    spans = group.outline(0).stack().spans  # a seed like any other
     assert [(start, stop) for start, stop, _ in spans] == [(4, 7), (7, 12), (16, 19)]
     assert {drop.rate for *_, drop in spans} == {0.2}
     assert len({drop.seed for *_, drop in spans}) == 3
@@ -171,12 +171,12 @@ def test_adapters_are_read_anew_for_each_stack() -> None:
     """An optimizer step between two forwards must be seen."""
     model = make(*STACKS["one"])
     group, x = Group(modules_of(model), torch.float32), rows(1)
-    before = group.stack(None)
+    before = group.outline(None).stack()
     (first,), _ = projections.forward(x, group, before)
     with torch.no_grad():
         for parameter in before.trainable:
             parameter.mul_(2.0)
-    (second,), _ = projections.forward(x, group, group.stack(None))
+    (second,), _ = projections.forward(x, group, group.outline(None).stack())
     (old,), _ = projections.forward(x, group, before)
     assert torch.equal(first, old) and relative(second, first) > 1e-2
 
@@ -186,8 +186,8 @@ def test_nothing_is_folded_into_the_frozen_matrix() -> None:
     modules = modules_of(model)
     before = [module.base_layer.weight.clone() for module in modules]
     group, x = Group(modules, torch.float32), rows(1)
-    _, s_TR = projections.forward(x, group, group.stack(None))
-    projections.backward([rows(2, 64)], s_TR, group, group.stack(None))
+    _, s_TR = projections.forward(x, group, group.outline(None).stack())
+    projections.backward([rows(2, 64)], s_TR, group, group.outline(None).stack())
     assert torch.equal(group.frozen.weight(), torch.cat(before))
 
 
@@ -217,7 +217,7 @@ def test_only_ranks_that_train_are_differentiated(
 
     monkeypatch.setattr(projections, "a_backward", spy_a)
     monkeypatch.setattr(projections, "rank_backward", spy_b)
-    gradients(group, group.stack(5 if dropout else None), rows(1), rows(2, 64))
+    gradients(group, group.outline(5 if dropout else None).stack(), rows(1), rows(2, 64))
     assert ranks == {"a": 3 + 5 + 3, "b": 3 + 5 + 3}
 
 
@@ -241,7 +241,7 @@ def test_what_trains_beside_and_between_frozen_ranks(
             parameter.requires_grad_(
                 any(f"lora_A.{n}" in name or f"lora_B.{n}" in name for n in names)
             )
-        current = group.stack(seed)
+        current = group.outline(seed).stack()
         assert (current.spans == ()) == (seed is None)
         grads = gradients(group, current, x, dy)
         found.append({id(p): g for p, g in zip(current.trainable, grads, strict=True)})
