@@ -36,7 +36,7 @@ PARTS = (
     ("adapters", ("adapters",), "#c4420a"),
     ("gradients", ("gradients",), "#e8a33d"),
     ("optimizer", ("optimizer",), "#8250df"),
-    ("kept for the backward", ("activations",), "#2da44e"),
+    ("activations", ("activations",), "#2da44e"),
     ("workspace", ("workspace",), "#57606a"),
     ("CUDA and slack", ("context", "slack"), "#a0a8b0"),
 )

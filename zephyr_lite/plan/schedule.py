@@ -156,7 +156,7 @@ def _places(setting: Setting, memory: Memory) -> Iterator[tuple[Rest, Place]]:
     places: list[Place] = ["device"]
     if memory.optimizer == "host":
         places = ["host"]
-    elif memory.optimizer == "auto" and setting.optimizer == "adamw":
+    elif memory.optimizer == "auto" and setting.optimizer == "adamw" and setting.device == "cuda":
         places = ["device", "host"]
     return ((rest, place) for place in places for rest in rests)
 

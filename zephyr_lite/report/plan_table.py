@@ -48,7 +48,8 @@ class Duration:
 def table(columns: Sequence[Column], budget: int) -> list[str]:
     """Bytes by part, one column a training."""
     heads = "".join(f"{TITLES[c.stage]:>{COLUMN}}" for c in columns)
-    unit, size = ("GiB", 2**30) if budget >= 2**30 else ("MiB", 2**20)
+    most = max(column.parts.total for column in columns)
+    unit, size = ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
     lines = [f"  {unit:24}{heads}"]
     for _, words, names in LEGEND:
         cells = [sum(getattr(c.parts, name) for name in names) / size for c in columns]
