@@ -6,6 +6,7 @@ process may reserve, as a smaller card would.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,11 +15,13 @@ import torch
 from gpu_bench import Bench
 from gpu_model import MISTRAL_7B, TOY, build_model, compute_dtype
 
+from zephyr_lite.errors import RecipeError
 from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.model.frozen_weights import Gemm
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.plan.geometry import Geometry
-from zephyr_lite.plan.roofline import Recomputed
+from zephyr_lite.plan.gpus import Gpu, gpu_named
+from zephyr_lite.plan.roofline import COPY_SHARE, Recomputed
 from zephyr_lite.plan.setting import Setting as Planned
 from zephyr_lite.recipe import Lora, Memory, Training
 from zephyr_lite.train.objectives import Objective
@@ -92,8 +95,9 @@ class Shared:
 
         Args: dropout: of the last, which is the one that trains.
         """
-        self.release()
         model = self.base if self._adapted is None else self._adapted.unload()
+        self._adapted = None
+        self.release()  # before there are others: a peak is not to have both
         for name, rank in adapters.items():
             rate = dropout if name == list(adapters)[-1] else 0.0
             lora = Lora(r=rank, alpha=rank, dropout=rate)
@@ -181,6 +185,16 @@ class Rig:
 def geometry_of(bench: Bench) -> Geometry:
     """Mistral-7B, or a toy."""
     return bench.pick(MISTRAL_7B, TOY)
+
+
+def card(bench: Bench) -> Gpu:
+    """This machine's card by the rates that this process measured; of the bus what is known."""
+    bus = 25.0  # GB/s: sixteen lanes of the fourth generation
+    if bench.on_gpu:
+        with contextlib.suppress(RecipeError):
+            bus = gpu_named(torch.cuda.get_device_name(bench.device)).pcie_gb_per_s
+    copy = bench.copy_gb_per_s / COPY_SHARE
+    return Gpu("this card", 0, bench.matmul_tflops, copy, bus, "measured", efficiency=1.0)
 
 
 def optimizer_of(bench: Bench) -> str:

@@ -39,6 +39,8 @@ PARTS = (
     "kernels_gemm",
     "steps_sft",
     "steps_dpo",
+    "plan_memory",
+    "planned_runs",
     "fp16acc",
     "augmented_k",
     "attention_packed",

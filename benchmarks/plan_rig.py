@@ -2,7 +2,7 @@
 
 A case is a small base, adapters on it, and rows of chosen lengths. The project's own loop takes two
 steps of it under `LiveBytes`; what is compared is the peak of the second, when optimizer states
-exist, with the largest plan of its micro-batches.
+exist, with the largest plan of its micro-batches. gpu_plan.py does the same with a 7B on a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,18 +24,19 @@ from zephyr_lite.data.layout import Documents, Order
 from zephyr_lite.data.reference_cache import ReferenceLogProbs
 from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.model.base import BaseFiles, load_base, prepare, quiet_libraries
-from zephyr_lite.model.policy import make_policy
+from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.plan.geometry import Geometry, geometry_of
 from zephyr_lite.plan.ledger import HostParts, Parts
 from zephyr_lite.plan.memory import host, peak
 from zephyr_lite.plan.setting import Cut, Setting
-from zephyr_lite.plan.work import work_of
+from zephyr_lite.plan.work import Work, work_of
 from zephyr_lite.recipe import Base, Dpo, Lora, Memory, Sft
 from zephyr_lite.stopping import Stop
-from zephyr_lite.train.loop import Job
+from zephyr_lite.train.loop import Job, Listener
 from zephyr_lite.train.objectives import LanguageModelling, Objective, Preference
 
 CPU = torch.device("cpu")
+STEPS, SEED = 2, 1
 # What config.json states: the tiny recipe's base, one with 21 M weights, and two of other kinds.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -78,9 +79,13 @@ class Outcome:
         return self.planned / self.live - 1
 
 
+class Enough(Exception):
+    """Raised by a listener that has seen what it came for; what would follow is a checkpoint."""
+
+
 @dataclass
 class _Watcher:
-    """A listener that opens the second step's count and closes it."""
+    """A listener that counts each of two steps on its own."""
 
     tracker: LiveBytes
     peaks: list[int] = field(default_factory=list)
@@ -90,8 +95,10 @@ class _Watcher:
         self.tracker.reset()
 
     def step(self, record: dict[str, Any]) -> None:
-        """A step ended."""
+        """A step ended. Raises: Enough, after the second."""
         self.peaks.append(self.tracker.peak)
+        if len(self.peaks) == STEPS:
+            raise Enough
         self.tracker.reset()
 
     def note(self, text: str) -> None:
@@ -104,38 +111,58 @@ class _Watcher:
 def run(case: Case, folder: Path) -> Outcome:
     """Train two steps and compare. Args: folder: where bases are kept for later cases."""
     sizes, model = geometry(case), _model(case, folder)
-    memory = Memory.model_validate(_memory(case, sizes))
+    memory = Memory.model_validate(memory_of(case, sizes))
     policy = make_policy(model, torch.float32, CPU, memory, self_test=False)
     names = ["frozen"] * bool(case.frozen) + ["trained"]
     policy.use(names, "trained")
     tracker = LiveBytes(tensors_in(policy))
     watcher = _Watcher(tracker)
-    objective, settings = _objective(case)
-    with tracker, TemporaryDirectory() as runs:
+    with tracker:
+        works = trained(case, policy, watcher)
+    parts, there = planned(case, sizes, setting_of(case), works)
+    return Outcome(parts, there, watcher.peaks[1])
+
+
+def trained(case: Case, policy: Policy, listener: Listener) -> list[Work]:
+    """Train two steps, which the listener ends; micro-batches of the second.
+
+    Raises: RuntimeError where the listener let the training go on.
+    """
+    objective, settings = _objective(case, policy.vocab_size)
+    with TemporaryDirectory() as runs:
         job = Job(
             label=case.stage,
             policy=policy,
             objective=objective,
             settings=settings,
             folder=Path(runs),
-            seed=1,
-            listener=watcher,
+            seed=SEED,
+            listener=listener,
             stop=Stop(),
             evaluate=dict,
             masters=case.place,
         )
-        job.run()
-    setting, cut = setting_of(case), cut_of(case, sizes)
-    order = Order(objective.n_examples, settings.batch_size, 2, 1, 2)
-    micros, _ = objective.step(order.step(1))
-    works = [work_of(micro.layout) for micro in micros]
-    plans = [(peak(sizes, setting, cut, w, first=i == 0), w) for i, w in enumerate(works)]
+        try:
+            job.run()
+        except Enough:
+            order = Order(objective.n_examples, settings.batch_size, settings.epochs, SEED)
+            micros, _ = objective.step(order.step(STEPS - 1))
+            return [work_of(micro.layout) for micro in micros]
+    raise RuntimeError("nobody ended the training")
+
+
+def planned(
+    case: Case, geometry: Geometry, setting: Setting, works: list[Work]
+) -> tuple[Parts, HostParts]:
+    """The plan of the micro-batch of a step that takes the most, on the device and on the host."""
+    cut = cut_of(case, geometry)
+    plans = [(peak(geometry, setting, cut, w, first=i == 0), w) for i, w in enumerate(works)]
     parts, work = max(plans, key=lambda plan: plan[0].total)
-    return Outcome(parts, host(sizes, setting, cut, work), watcher.peaks[1])
+    return parts, host(geometry, setting, cut, work)
 
 
-def setting_of(case: Case) -> Setting:
-    """The case as the plan knows it."""
+def setting_of(case: Case, device: Literal["cpu", "cuda"] = "cpu") -> Setting:
+    """The case as the plan knows it; a GPU computes in bf16."""
     return Setting(
         stage=case.stage,
         trained=case.rank,
@@ -144,8 +171,8 @@ def setting_of(case: Case) -> Setting:
         optimizer=case.optimizer,
         batch=len(case.rows),
         quantization=case.quantization,
-        element=4,
-        device="cpu",
+        element=2 if device == "cuda" else 4,
+        device=device,
     )
 
 
@@ -164,7 +191,8 @@ def _config(case: Case) -> Any:
     return AutoConfig.for_model(**SIZES[case.size], tie_word_embeddings=case.tied)
 
 
-def _memory(case: Case, geometry: Geometry) -> dict[str, Any]:
+def memory_of(case: Case, geometry: Geometry) -> dict[str, Any]:
+    """The recipe's `memory` fields that ask for the case's cut."""
     is_kept = case.keep is None
     return {
         "tokens_per_micro_batch": case.tokens,
@@ -200,11 +228,10 @@ def _model(case: Case, folder: Path) -> Any:
     return model
 
 
-def _objective(case: Case) -> tuple[Objective, Sft | Dpo]:
-    """Random rows of the case's lengths, twice over: a step is half of them."""
-    rng, vocab = np.random.default_rng(0), SIZES[case.size]["vocab_size"]
-    rows = case.rows * 2
-    fields = {"batch_size": len(case.rows), "optimizer": case.optimizer, "max_steps": 2}
+def _objective(case: Case, vocab: int) -> tuple[Objective, Sft | Dpo]:
+    """Random rows of the case's lengths, twice over: a step is half of them, an epoch two steps."""
+    rng, rows = np.random.default_rng(0), case.rows * 2
+    fields = {"batch_size": len(case.rows), "optimizer": case.optimizer, "epochs": 2}
     if case.stage == "dpo":
         pairs = [
             EncodedPair(*(rng.integers(0, vocab, n).astype(np.int32) for n in row)) for row in rows

@@ -19,6 +19,9 @@ import platform
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,8 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, compare, write. Returns the exit code: 1 when our own side is not sound."""
     arguments = parse(argv)
     pythons, rows = find_rivals(arguments)
-    with tempfile.TemporaryDirectory(prefix="zephyr-lite-race-") as name:
-        folder = Path(name)
+    with work_folder(arguments.work) as folder:
         base = arguments.model or find_base(arguments.geometry, folder, arguments.device)
         total = arguments.steps + arguments.warmup
         about = prepare(arguments.task, arguments.geometry, folder, total, base)
@@ -107,17 +109,39 @@ def make_cases(
 
 
 def race(cases: list[Case], pythons: dict[str, str], folder: Path, rounds: int) -> dict[Case, Runs]:
-    """Every case in a fresh process, `rounds` times; who failed once is not asked again."""
+    """Every case in a fresh process, `rounds` times; who failed once is not asked again.
+
+    What each reported is kept in the folder, so that a race that was stopped goes on from there.
+    """
     results: dict[Case, Runs] = {case: [] for case in cases}
+    kept, commit = folder / "runs.jsonl", read_commit()
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    known = {line["key"]: line["run"] for line in map(json.loads, lines)}
     for turn in range(rounds):
         for case in cases:
             if any(run["status"] != "ok" for run in results[case]):
                 continue
-            run = run_apart(case, folder, pythons.get(case.side, sys.executable))
+            key = json.dumps([commit, turn, asdict(case)])
+            run = known.get(key)
+            if run is None:
+                run = run_apart(case, folder, pythons.get(case.side, sys.executable))
+                with kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "run": run}) + "\n")
             results[case].append(run)
             # No speed before the comparison.
             say(f"{turn + 1}/{rounds}  {case.name}: {run['status']} {run.get('reason', '')}")
     return results
+
+
+@contextmanager
+def work_folder(named: Path | None) -> Iterator[Path]:
+    """The folder of the work: the one that was named, which stays, or a temporary one."""
+    if named is not None:
+        named.mkdir(parents=True, exist_ok=True)
+        yield named.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="zephyr-lite-race-") as name:
+        yield Path(name)
 
 
 def describe(arguments: argparse.Namespace) -> Row:
@@ -172,6 +196,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter (sft)")
     parser.add_argument(
         "--more", action="append", default=[], metavar="SIDE=JSON", help="more options of a side"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="kept, and gone on from when it was stopped"
     )
     parser.add_argument("--out", type=Path, help="JSONL file (default results/race.jsonl)")
     parser.add_argument("--toy", action="store_true", help="tiny sizes; rows are no results")

@@ -140,15 +140,16 @@ def _rows(
     """As many packed rows as the steps take, of dialogues drawn from the real lengths."""
     lengths, wanted = dialogue_lengths(), steps * setup.batch
     documents: list[tuple[np.ndarray, np.ndarray]] = []
-    tokens = 0
-    # Two rows more than needed: the emptiest packed rows come last and are left out.
-    while tokens < (wanted + 2) * setup.row_length:
+    tokens, packed = 0, []
+    # One dialogue after the other: to draw more and leave rows out would favour the long ones.
+    while len(packed) < wanted:
         length = max(2, int(rng.choice(lengths)) // setup.shrink)
         documents.append((_ids(rng, length, vocabulary), np.zeros(length, bool)))
         tokens += length
-    joined = join_documents(documents)
-    packed = pack_masked(joined, setup.row_length)[:wanted]
-    return [[joined.ids[start:stop] for start, stop in row] for row in packed]
+        if tokens > (wanted - 1) * setup.row_length:
+            packed = pack_masked(join_documents(documents), setup.row_length)
+    ids = join_documents(documents).ids
+    return [[ids[start:stop] for start, stop in row] for row in packed[:wanted]]
 
 
 def _ids(rng: np.random.Generator, length: int, vocabulary: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -129,16 +130,18 @@ def _uncut(task: str, batch: int) -> dict[str, Any]:
 
 def missing(side: str, python: str) -> str:
     """Why a rival cannot race in this Python, and how to make one that can; "" if it can."""
-    hint = f"make an environment of benchmarks/rivals/{side}.txt and give --rival-python {side}="
+    # A row is published: no path of this machine in it.
+    whose = "this Python" if python == sys.executable else f"the Python given for {side}"
+    hint = f"benchmarks/rivals/{side}.txt says how to make one for --rival-python {side}=PATH"
     command = [python, "-c", PROBE, *NEEDS[side]]
     try:
         done = subprocess.run(command, env=_environment(1, {}), capture_output=True, text=True)
     except OSError as error:
-        return f"{python} does not run: {error.strerror}; {hint}PATH"
+        return f"{whose} does not run: {error.strerror}; {hint}"
     if done.returncode:
-        return f"{python} does not run: {last_line(done.stderr)}; {hint}PATH"
+        return f"{whose} does not run: {last_line(done.stderr)}; {hint}"
     lacking = json.loads(done.stdout)
-    return f"{python} lacks {', '.join(lacking)}; {hint}PATH" if lacking else ""
+    return f"{whose} lacks {', '.join(lacking)}; {hint}" if lacking else ""
 
 
 def run_apart(case: Case, folder: Path, python: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import typer
 from zephyr_lite import recipe_file
 from zephyr_lite.cli import app
 
-DOCS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md")
+DOCS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/memory.md")
 
 
 def _commands(text: str) -> list[list[str]]:

@@ -3,7 +3,8 @@
 `projections.forward` and `.backward` as the layer calls them, 4096 tokens, an adapter on every
 linear, against the plain product of the same shape in the same race. `dense`: a base in bf16, so
 the LoRA path alone; `nf4`: with the dequantisation that each use of the weight pays. FLOPs count
-the base and the adapter. The output of `dense` is first held against fp64.
+the base and the adapter. The output of `dense` is first held against fp64. `stack`: laying the
+adapters' numbers side by side, which a layer does before its forward and again in its backward.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _measure(
     backward: dict[str, Callable[[], object]] = {"cublas": lambda: dy @ weight}
     nf4 = adapted(bench, sizes, rank, dropout, quantised=True)
     for name, group in (("dense", dense), ("nf4", nf4)):
-        stack = group.stack(7)
+        stack = group.outline(7).stack()
         forward[name] = lambda g=group, s=stack: projections.forward(x, g, s)
         backward[name] = _backward_call(x, dy, group, stack)
     base = 2 * tokens * outputs * inputs
@@ -83,6 +84,10 @@ def _measure(
             ratio = timing.p50_ms / timings["cublas"].p50_ms
             metric = f"{direction}_{name}"
             yield bench.speed(metric, timing, flops=flops, times_cublas_ms=ratio)
+    weights = sum(rank * (n + k) for n, k in sizes.values())
+    moved = (4 + dtype.itemsize) * weights
+    outline = dense.outline(7)
+    yield bench.speed("stack", bench.time(outline.stack, cold=True), moved_bytes=moved)
 
 
 def _backward_call(
@@ -100,7 +105,7 @@ def _backward_call(
 def _check(bench: Bench, group: Group, x: torch.Tensor, weight: torch.Tensor) -> Measure:
     """Y without dropout, of some rows, against fp64 and against the products in the dtype."""
     rows = x[:CHECKED_ROWS]
-    stack = group.stack(None)
+    stack = group.outline(None).stack()
     (out,), _ = projections.forward(rows, group, stack)
 
     def formula(dtype: torch.dtype) -> torch.Tensor:

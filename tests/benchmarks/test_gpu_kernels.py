@@ -16,6 +16,8 @@ import torch
 REPO = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPO / "benchmarks"
 FP32 = torch.float32
+# Parts whose rows say by which arithmetic a model, or its products, computed.
+MODELS = ("kernels_gemm", "steps_sft", "steps_dpo", "plan_memory", "planned_runs")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,6 +127,29 @@ def test_attention_that_forgets_the_prompt_is_wrong(bench, trimmed: bool, monkey
     assert examine(bench, trial).status == "wrong"
 
 
+def test_rows_scaled_by_another_power_are_wrong(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_kernels_fp16acc as fp16_ops
+    from gpu_kernels import examine
+
+    def statuses() -> list[str]:
+        trials = [fp16_ops.scale_rows(bench, FP32, 7, 96)]
+        trials += [fp16_ops.unscale_rows(bench, FP32, 7, 96, pieces) for pieces in (1, 3)]
+        return [examine(bench, trial).status for trial in trials]
+
+    assert statuses() == ["ok"] * 3
+    scale, unscale = fp16_ops.fp16acc.scale_rows, fp16_ops.fp16acc.unscale_rows
+
+    def off(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x16, undo = scale(x)
+        return x16 * 2, undo / 2  # what a product gives is the same, but its range is not
+
+    monkeypatch.setattr(fp16_ops.fp16acc, "scale_rows", off)
+    monkeypatch.setattr(
+        fp16_ops.fp16acc, "unscale_rows", lambda sums, undo, dtype: unscale(sums, undo * 2, dtype)
+    )
+    assert statuses() == ["wrong"] * 3
+
+
 def test_one_differing_value_of_nf4_is_wrong(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_kernels_lora as lora_ops
 
@@ -173,8 +198,11 @@ def test_failures_are_rows_and_the_summary_counts_them(
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize(
     "name",
-    ["kernels_correct", "kernels_speed", "kernels_gemm", "steps_sft", "steps_dpo", "fp16acc"],
-)
+    [
+        "kernels_correct", "kernels_speed", "kernels_gemm", "steps_sft", "steps_dpo",
+        "plan_memory", "planned_runs", "fp16acc",
+    ],
+)  # fmt: skip
 def test_every_case_is_told_apart_and_costs_nothing_to_list(name: str, on_gpu: bool) -> None:
     """Listing a part's cases allocates nothing and touches no device: here there is no GPU."""
     from gpu_bench import Bench
@@ -186,9 +214,11 @@ def test_every_case_is_told_apart_and_costs_nothing_to_list(name: str, on_gpu: b
     shapes = [json.dumps(case.shape) for case in module.cases(bench)]
     assert len(set(shapes)) == len(shapes) >= 3
     assert part.name == name
+    if name in MODELS:
+        assert all("gemm" in json.loads(shape) for shape in shapes)
     if on_gpu and name == "kernels_correct":
         operations = {json.loads(shape)["op"] for shape in shapes}
-        assert len(operations) == 14 + 1  # and the summary
+        assert len(operations) == 16 + 1  # and the summary
         for dtype in ("bfloat16", "float16"):
             assert sum(f'"{dtype}"' in shape for shape in shapes) == (len(shapes) - 1) / 2
 

@@ -25,6 +25,8 @@ STAND_ALONE = [
     "kernels_gemm",
     "steps_sft",
     "steps_dpo",
+    "plan_memory",
+    "planned_runs",
     "fp16acc",
     "augmented_k",
     "attention_packed",

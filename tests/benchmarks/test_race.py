@@ -112,7 +112,9 @@ def test_all_sides_see_the_same_ids_and_lose_the_same(dpo) -> None:
 
 def test_packed_rows_agree_too(folders: dict[str, Path]) -> None:
     from race_rows import judge
+    from race_work import read_work
 
+    assert max(map(len, read_work(folders["sft"]).rows)) > 2, "nothing is packed"
     cases = [make_case(side, "sft", folders) for side in ("ours", "plain", "trl")]
     verdicts = judge({case: run_here(case, folders) for case in cases}).values()
     assert [verdict.status for verdict in verdicts] == ["ok"] * 3
@@ -271,6 +273,29 @@ def test_lengths_are_numbers_within_the_recipes_limits() -> None:
     assert (prompt + np.maximum(chosen, rejected)).max() <= 1024
     assert min(prompt.min(), chosen.min(), rejected.min()) >= 1
     assert len(dialogue_lengths()) > 500
+
+
+def test_a_race_that_was_stopped_goes_on(tmp_path, folders, monkeypatch) -> None:
+    import race
+
+    asked: list[str] = []
+
+    def run_apart(case: Any, folder: Path, python: str) -> dict[str, Any]:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(case.side)
+        status = "ok" if case.side == "ours" else "failed"
+        return {"status": status, "reason": "", "losses": [1.0, 0.5]}
+
+    monkeypatch.setattr(race, "run_apart", run_apart)
+    cases = [make_case(side, "dpo", folders) for side in ("ours", "plain")]
+    with pytest.raises(KeyboardInterrupt):
+        race.race(cases, {}, tmp_path, 2)
+    assert asked == ["ours", "plain"]
+    asked.clear()
+    results = race.race(cases, {}, tmp_path, 2)
+    assert asked == ["ours"], "the second round of what did not fail"
+    assert [len(runs) for runs in results.values()] == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,9 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from zephyr_lite.data.chat import load_tokenizer
+from zephyr_lite.data.chat import ChatTokenizer, load_tokenizer
 from zephyr_lite.data.token_store import known_tokens
-from zephyr_lite.errors import MachineError, RecipeError
+from zephyr_lite.errors import DataError, MachineError, RecipeError, StorageError
 from zephyr_lite.model.base import compute_dtype, find_folder
 from zephyr_lite.plan.checkpoint import Checkpoint, find_checkpoint
 from zephyr_lite.plan.disk import disk_bytes
@@ -175,24 +175,34 @@ def _planned(ctx: Context, stage: Stage, checkpoint: Checkpoint, machine: Machin
 
 
 def _known_lengths(ctx: Context, stage: Stage) -> Lengths | None:
-    """Lengths of the data that this run, or one with the same dialogues, has tokenised."""
-    recipe, base = ctx.recipe, ctx.recipe.base
+    """Lengths of the data that this run, or one with the same dialogues, has tokenised.
+
+    None where it has not, or where base or data are not on this machine: what is wrong with them,
+    the estimate says.
+    """
+    base = ctx.recipe.base
     if base.build is not None:  # its tokenizer comes with the base, which is not made for a plan
         return None
     try:
         folder, _ = find_folder(base.model, base.revision, (), "base", offline=True)
         tokenizer = load_tokenizer(folder)
-    except (MachineError, RecipeError):
+        if stage == "sft":
+            return _known_documents(ctx, tokenizer)
+        if ctx.run.path("aif", "pairs.parquet").is_file():
+            return pairs_of(encoded_pairs(ctx, tokenizer, "train")[1])
+    except (MachineError, RecipeError, DataError, StorageError):
+        pass
+    return None
+
+
+def _known_documents(ctx: Context, tokenizer: ChatTokenizer) -> Lengths | None:
+    sft, dialogues = ctx.recipe.sft, ctx.recipe.data.dialogues
+    if sft is None or dialogues is None:
         return None
-    if stage == "sft":
-        if recipe.sft is None or recipe.data.dialogues is None:
-            return None
-        wanted = corpus(ctx, recipe.data.dialogues, "train")
-        found = known_tokens(wanted, tokenizer, cache_folder() / "tokens")
-        return documents_of(found.documents, recipe.sft) if found and found.documents else None
-    if not ctx.run.path("aif", "pairs.parquet").is_file():
-        return None
-    return pairs_of(encoded_pairs(ctx, tokenizer, "train")[1])
+    # Nothing is asked of the hub for this: what is tokenised is in the cache.
+    wanted = replace(corpus(ctx, dialogues, "train"), offline=True)
+    found = known_tokens(wanted, tokenizer, cache_folder() / "tokens")
+    return documents_of(found.documents, sft) if found and found.documents else None
 
 
 def _measure(ctx: Context, machine: Machine, plans: list[StagePlan]) -> None:

@@ -150,3 +150,26 @@ def test_what_cannot_fit_is_refused_before_a_step(command, micro, tmp_path):
     assert status == 3, text
     assert "sft takes at least" in text
     assert not (tmp_path / "run" / "sft" / "metrics.jsonl").exists()
+
+
+REAL = """
+name: real
+base: {base}
+data:
+  dialogues: {{train: {{path: {dialogues}, limit: 60}}}}
+  on_fault: drop
+sft: {{max_steps: 1, max_length: 128, batch_size: 2, optimizer: adamw, lora: {{r: 2}}}}
+"""
+
+
+def test_lengths_are_the_datas_own_once_it_is_tokenised(command, shared_data, tmp_path):
+    file = tmp_path / "real.yaml"
+    base, rows = shared_data / "models/stories260k-mistral", shared_data / "sft/alpaca.jsonl"
+    file.write_text(REAL.format(base=base, dialogues=rows))
+    words = ("--run", str(tmp_path / "run"), "--offline")
+    status, before = command.run("plan", str(file), *words, home=tmp_path)
+    assert status == 0 and "data: estimated: 60 dialogues" in before
+    assert not (tmp_path / "run").exists(), "a plan writes nothing"
+    assert command.run("sft", str(file), *words, home=tmp_path)[0] == 0
+    status, after = command.run("plan", str(file), *words, home=tmp_path)
+    assert status == 0 and "dialogues of this run in" in after
