@@ -22,8 +22,10 @@ from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.plan.geometry import Geometry
 from zephyr_lite.plan.gpus import Gpu, gpu_named
 from zephyr_lite.plan.roofline import COPY_SHARE, Recomputed
+from zephyr_lite.plan.setting import Place
 from zephyr_lite.plan.setting import Setting as Planned
 from zephyr_lite.recipe import Lora, Memory, Training
+from zephyr_lite.train.masters import Masters, make_masters
 from zephyr_lite.train.objectives import Objective
 
 GIB = 2**30
@@ -37,7 +39,11 @@ RECOMPUTED: dict[tuple[str, str], Recomputed] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One case. cap_gib: what the process may reserve, None for all; tokens: of a micro-batch."""
+    """One case.
+
+    cap_gib: what the process may reserve, None for all. tokens: of a micro-batch. place: of masters
+    and optimizer states; on the host the optimizer is adamw.
+    """
 
     cap_gib: float | None
     engine: str
@@ -45,6 +51,7 @@ class Setting:
     tokens: int
     dropout: float = 0.0
     gemm: Gemm = "exact"
+    place: Place = "device"
 
     @property
     def recomputed(self) -> Recomputed:
@@ -71,6 +78,11 @@ class Task:
     def trained(self) -> str:
         """The adapter that trains."""
         return list(self.adapters)[-1]
+
+    def settings_for(self, place: Place) -> Training:
+        """How to train where masters are there."""
+        on_host = {"optimizer": "adamw"} if place == "host" else {}
+        return self.settings.model_copy(update=on_host)
 
     @property
     def planned(self) -> Planned:
@@ -142,6 +154,7 @@ class Rig:
         self.warmup, self.steps = bench.pick((2, 6), (1, 2))
         self._shared = Shared(bench, geometry)
         self._model: Any = None
+        self._masters: Masters | None = None
 
     @property
     def model(self) -> Any:
@@ -173,8 +186,21 @@ class Rig:
         made.use(list(self.task.adapters), self.task.trained)
         return made
 
+    def masters(self, setting: Setting, policy: Policy) -> Masters:
+        """Masters of what trains, until `release`."""
+        settings, parameters = self.task.settings_for(setting.place), policy.trainable()
+        try:
+            self._masters = make_masters(settings, parameters, setting.place, policy.dtype)
+        except torch.OutOfMemoryError:  # halfway: some parameters have their masters, some not
+            self._model = None
+            raise
+        return self._masters
+
     def release(self) -> None:
-        """See `Shared.release`."""
+        """See `Shared.release`; parameters whose masters were elsewhere are theirs again."""
+        if self._masters is not None:
+            self._masters.release()
+            self._masters = None
         self._shared.release()
 
     def cap(self, gib: float | None) -> None:

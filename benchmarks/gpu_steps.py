@@ -1,8 +1,9 @@
 """Optimizer steps of a 7B under a memory cap: time, memory, and the share of what the card can do.
 
 A step is the training loop's own: micro-batches, head, loss, backward, clipping, 8-bit AdamW whose
-state stays on the GPU. Running out of memory is a row. Where a step reaches less than 70 % of the
-roofline (zephyr_lite/plan/roofline.py), a profile says where the time went.
+state stays on the GPU, or AdamW whose state is on the host. Running out of memory is a row. Where a
+step reaches less than 70 % of the roofline (zephyr_lite/plan/roofline.py), a profile says where the
+time went.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from zephyr_lite.plan.work import work_of
 from zephyr_lite.stopping import Stop
 from zephyr_lite.train.fitting import Fitting
 from zephyr_lite.train.loop import Job
-from zephyr_lite.train.masters import make_masters
 from zephyr_lite.train.objectives import MicroBatch
 
 PROFILE_BELOW = 70.0  # percent of the roofline
@@ -84,15 +84,13 @@ def _train(rig: Rig, setting: Setting) -> Iterator[Measure]:
     bench, task = rig.bench, rig.task
     policy = _policy(rig, setting)
     objective = task.make_objective(setting)
-    order = Order(objective.n_examples, task.settings.batch_size, 1000, 0, None)
-    parameters = policy.trainable()
-    masters = make_masters(task.settings, parameters, "device", policy.dtype)
-    values = list(parameters.values())
+    settings = task.settings_for(setting.place)
+    order = Order(objective.n_examples, settings.batch_size, 1000, 0, None)
+    masters = rig.masters(setting, policy)
+    values = list(policy.trainable().values())
     fitting = Fitting(task.name, _NoWayDown(), values, bench.device, _Quiet().note)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(
-            task.name, policy, objective, task.settings, Path(folder), 0, _Quiet(), Stop(), dict
-        )
+        job = Job(task.name, policy, objective, settings, Path(folder), 0, _Quiet(), Stop(), dict)
 
         def step(number: int) -> float:
             """Seconds of one step of the loop; `run` would also write checkpoints."""
@@ -172,7 +170,7 @@ def _row(rig: Rig, setting: Setting, seconds: list[float], work: list[list[Micro
             "copy_gb_per_s": bench.copy_gb_per_s,
             "recomputed": setting.recomputed,
             "micro_batches": sum(map(len, work)) / len(work),
-            "optimizer": task.settings.optimizer,
+            "optimizer": task.settings_for(setting.place).optimizer,
         },
     )  # fmt: skip
 

@@ -42,6 +42,11 @@ SETTINGS = [
     Setting(22.5, "native", "none", 2048, gemm="fp16acc"),
     Setting(22.5, "native", "full", 4096),
     Setting(None, "hf", "none", 4096),
+    # The least memory that a step of rank 128 takes.
+    Setting(None, "native", "full", 1024),
+    Setting(None, "native", "offload", 1024),
+    Setting(7.0, "native", "offload", 1024, place="host"),
+    Setting(None, "native", "full", 1024, place="host"),
     Setting(14.5, "native", "full", 4096),
     Setting(10.8, "native", "full", 4096),
     Setting(10.8, "native", "offload", 4096),
@@ -64,6 +69,7 @@ SETTINGS = [
 TOY_SETTINGS = [
     Setting(None, "native", "none", 64),
     Setting(22.5, "native", "full", 64),
+    Setting(None, "native", "offload", 64, place="host"),
     Setting(None, "hf", "none", 64),
 ]
 

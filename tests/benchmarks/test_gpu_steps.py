@@ -100,6 +100,31 @@ def test_a_setting_reaches_the_model_it_shares(bench) -> None:
     assert rig.policy(Setting(None, "native", "none", 32, gemm="fp16acc")).gemm == "fp16acc"
 
 
+def test_masters_on_the_host_are_one_cases(bench) -> None:
+    """Parameters that were copies in the compute dtype are fp32 masters again in the next case."""
+    from gpu_model import TOY
+    from gpu_rig import Rig, Setting, Task
+
+    from zephyr_lite.recipe import Sft
+    from zephyr_lite.train.masters import DeviceMasters, HostMasters
+
+    settings = Sft.model_validate({"optimizer": "adamw_8bit"})
+    task = Task("sft", "rows", {"sft": 4}, settings, lambda setting: None)  # type: ignore[arg-type, return-value]
+    rig = Rig(bench, task, TOY)
+    there, here = Setting(None, "native", "none", 32, place="host"), Setting(None, "hf", "none", 32)
+    policy = rig.policy(there)
+    policy.dtype = torch.bfloat16
+    assert isinstance(rig.masters(there, policy), HostMasters)
+    weights = [p for n, p in rig.model.named_parameters() if ".lora_" in n]
+    assert {p.dtype for p in weights} == {torch.bfloat16}
+    assert all(p.grad is not None for p in weights)
+    rig.release()
+    assert {p.dtype for p in weights} == {torch.float32}
+    assert not any(p.grad is not None for p in weights)
+    assert isinstance(rig.masters(here, rig.policy(here)), DeviceMasters)
+    assert (task.settings_for("host").optimizer, settings.optimizer) == ("adamw", "adamw_8bit")
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -168,9 +193,9 @@ def test_a_step_that_finds_no_memory_is_not_made_smaller(
     arguments = ["--device", "cpu", "--out", str(path), "--only", "steps_dpo"]
     assert gpu_suite.main(arguments) == 0
     rows = [row for row in _rows(path) if row["metric"] == "step"]
-    assert [row["status"] for row in rows] == ["not available"] * 3
+    assert [row["status"] for row in rows] == ["not available"] * 4
     assert all("out of memory at step 1" in row["note"] for row in rows)
-    assert tried == [0] * 3
+    assert tried == [0] * 4
 
 
 def test_a_lost_device_ends_the_process_and_the_next_one_passes_over(

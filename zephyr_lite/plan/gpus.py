@@ -91,6 +91,10 @@ GPUS = (
     _gpu("H200", 139.8, 989.0, 4800, 50.0, _PUBLISHED, 0.80),
 )
 
+# Rates that only rank the cuts of a machine whose own are not known: of a CPU, of another card.
+CPU = _gpu("CPU", 0.0, 0.1, 20.0, 20.0, "assumed, to rank cuts")
+UNKNOWN = GPUS[2]
+
 
 def usable_bytes(memory: int) -> int:
     """Of a card's memory, bytes, what one process may plan with; see the module."""

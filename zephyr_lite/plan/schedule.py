@@ -10,7 +10,8 @@ those is the plan. Predicted bytes are `memory.peak`'s, predicted seconds `roofl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from zephyr_lite.data.layout import Order
 from zephyr_lite.plan.geometry import Geometry
@@ -46,6 +47,15 @@ class Candidate:
             "keep_layers": self.cut.keep,
             "head_rows": self.cut.head_rows,
             "optimizer": self.cut.place,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """As the manifest and `plan --json` have it."""
+        return {
+            **self.memory,
+            "bytes": asdict(self.parts) | {"total": self.parts.total},
+            "host_bytes": asdict(self.host),
+            "step_seconds_projected": self.step_seconds,
         }
 
 
@@ -84,6 +94,15 @@ class Training:
         """Bytes of the heaviest micro-batch."""
         return peak(self.geometry, self.setting, cut, works.heaviest)
 
+    def words(self, cut: Cut) -> str:
+        """A cut, for a person."""
+        layers = self.geometry.layers
+        kept = "all layers keep" if cut.keep == layers else f"{cut.keep} of {layers} layers keep"
+        waits = cut.rest == "offload" and cut.keep < layers
+        rest = ", the others wait in host memory" if waits else ""
+        states = ", optimizer states on the host" if cut.place == "host" else ""
+        return f"{cut.tokens} tokens a micro-batch, {kept} activations{rest}{states}"
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -96,6 +115,12 @@ class Schedule:
     chosen: Candidate | None
     alternatives: tuple[Candidate, ...]
     least: Candidate
+
+    def record(self) -> dict[str, Any]:
+        """As the manifest and `plan --json` have it."""
+        chosen = None if self.chosen is None else self.chosen.record()
+        others = [candidate.record() for candidate in self.alternatives]
+        return {"budget_bytes": self.budget, "chosen": chosen, "alternatives": others}
 
 
 def choose(training: Training, budget: int, memory: Memory) -> Schedule:

@@ -9,17 +9,17 @@ without a budget nothing is planned, and the recipe's `memory` stands as it is.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from zephyr_lite.errors import MachineError, RecipeError
 from zephyr_lite.plan.checkpoint import read_checkpoint
-from zephyr_lite.plan.gpus import Gpu, gpu_named, memory_bytes, usable_bytes
+from zephyr_lite.plan.gpus import CPU, UNKNOWN, Gpu, gpu_named, memory_bytes, usable_bytes
 from zephyr_lite.plan.lengths import Lengths
 from zephyr_lite.plan.memory import CONTEXT_BYTES
-from zephyr_lite.plan.schedule import Candidate, Schedule, Training, choose, fits
+from zephyr_lite.plan.schedule import Schedule, Training, choose, fits
 from zephyr_lite.plan.setting import order_of, setting_of
 from zephyr_lite.plan.work import Work, documents_work, pairs_work
 from zephyr_lite.recipe import Memory, Recipe
@@ -30,9 +30,6 @@ from zephyr_lite.train.loop import Job
 
 Stage = Literal["sft", "dpo"]
 GB = 10**9
-# Rates that only rank the cuts of a machine whose own are not known.
-CPU = Gpu("CPU", 0, 0.1, 20.0, 20.0, "assumed, to rank cuts")
-UNKNOWN = gpu_named("3090")
 SHORTER, LOWER = (1536, 1024, 768, 512), (64, 32, 16, 8)
 
 
@@ -61,8 +58,8 @@ def fitted(ctx: Context, stage: Stage, lengths: Lengths) -> tuple[Context, dict[
     if on_gpu and memory.budget is not None:
         _cap(budget, ctx.device)
     size = f"{quantities.memory(schedule.chosen.parts.total)} of {quantities.memory(budget)}"
-    ctx.listener.note(f"{stage}: {in_words(schedule.chosen, training)}; plans with {size}")
-    return own, {"plan": record(schedule)}
+    ctx.listener.note(f"{stage}: {training.words(schedule.chosen.cut)}; plans with {size}")
+    return own, {"plan": schedule.record()}
 
 
 def outcome(ctx: Context, job: Job) -> dict[str, Any]:
@@ -86,31 +83,6 @@ def budget_of(memory: Memory, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         limits.append(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES)
     return min(limits) - reserve
-
-
-def in_words(candidate: Candidate, training: Training) -> str:
-    """The cut, for a person."""
-    cut, layers = candidate.cut, training.geometry.layers
-    kept = "all layers keep" if cut.keep == layers else f"{cut.keep} of {layers} layers keep"
-    rest = ", the others wait in host memory" if cut.rest == "offload" and cut.keep < layers else ""
-    states = ", optimizer states on the host" if cut.place == "host" else ""
-    return f"{cut.tokens} tokens a micro-batch, {kept} activations{rest}{states}"
-
-
-def record(schedule: Schedule) -> dict[str, Any]:
-    """A schedule for the manifest."""
-
-    def entry(candidate: Candidate) -> dict[str, Any]:
-        return {
-            **candidate.memory,
-            "bytes": asdict(candidate.parts) | {"total": candidate.parts.total},
-            "host_bytes": asdict(candidate.host),
-            "step_seconds_projected": candidate.step_seconds,
-        }
-
-    chosen = None if schedule.chosen is None else entry(schedule.chosen)
-    others = [entry(candidate) for candidate in schedule.alternatives]
-    return {"budget_bytes": schedule.budget, "chosen": chosen, "alternatives": others}
 
 
 def does_not_fit(

@@ -112,7 +112,7 @@ def test_tensors_are_found_wherever_they_hang():
     assert sum(x.numel() for x in tensors_in({"a": module})) == 15 + 5 + 15 + 7
 
 
-# ---------------------------------------------------------------- a 7B on a GPU, by the notes
+# ---------------------------------------------------------------- a 7B on a GPU, by derivation
 
 
 def test_standing_parts_of_a_7b():
@@ -127,7 +127,7 @@ def test_standing_parts_of_a_7b():
 
 @pytest.mark.parametrize("rank", [8, 16, 128])
 def test_bytes_kept_of_a_token_in_a_layer(rank: int):
-    """notes: `keep` 94,344 bytes and 14 of a rank; `lean` the input alone, 8,192."""
+    """`keep` 94,344 bytes and 14 of a rank; `lean` the input alone, 8,192."""
     tokens, setting, half = 4096, replace(SFT, trained=rank), replace(MISTRAL, layers=16)
     work = documents_work([tokens])
 
@@ -142,8 +142,8 @@ def test_bytes_kept_of_a_token_in_a_layer(rank: int):
 @pytest.mark.parametrize(
     ("tokens", "keep", "published"), [(2048, 0, 5.7e9), (2048, 32, 11.4e9), (4096, 32, 17.9e9)]
 )
-def test_totals_near_those_of_the_notes(tokens: int, keep: int, published: float):
-    """Theirs have one dense weight for all groups, and no copies of adapters."""
+def test_totals_near_those_derived_by_hand(tokens: int, keep: int, published: float):
+    """Those have one dense weight for all groups."""
     parts = peak(MISTRAL, SFT, Cut(tokens, keep), documents_work([2048] * (tokens // 2048)))
     assert parts.live == pytest.approx(published, rel=0.1)
 

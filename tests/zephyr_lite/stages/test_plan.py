@@ -91,6 +91,12 @@ def test_a_desktop_on_the_same_card_is_left_alone(plan):
     assert whole["budget_bytes"] - less["budget_bytes"] == 2 * 10**9
 
 
+def test_another_engine_is_not_planned_and_that_is_said(plan):
+    status, text = plan("zephyr-7b", "--gpu", "3090", "--json", "--set", "engine=hf")
+    assert status == 0 and "it takes more" in text
+    assert "it takes more" not in plan("zephyr-7b", "--gpu", "3090", "--json")[1]
+
+
 # ---------------------------------------------------------------- trainings on a CPU, by plan
 
 AUTO = ("--set", "memory.tokens_per_micro_batch=auto", "--set", "memory.checkpointing=auto")
