@@ -68,7 +68,7 @@ def run(
         recipe, run_dir, set_field, json, quiet, offline, device,
         needs="sft or dpo", writes=not rehearse, reuse=not fresh,
     ) as ctx:  # fmt: skip
-        from zephyr_lite.stages import aif, dpo, export, sft
+        from zephyr_lite.stages import aif, dpo, export, plan, sft
 
         where = ["--run", str(run_dir)] if run_dir else []
         where += [word for text in set_field or () for word in ("--set", text)]
@@ -83,6 +83,7 @@ def run(
         export.check_inputs(ctx)
         sft.check_inputs(ctx)
         dpo.check_inputs(ctx)
+        plan.check_inputs(ctx)
         aif.run(ctx)  # first: a faulty row of feedback must not surface after a day of dSFT
         sft.run(ctx)
         dpo.run(ctx)

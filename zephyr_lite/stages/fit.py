@@ -55,8 +55,10 @@ def fitted(ctx: Context, stage: Stage, lengths: Lengths) -> tuple[Context, dict[
     if schedule.chosen is None:
         raise does_not_fit(stage, schedule, training, ctx.recipe)
     own.planned = memory.model_copy(update=schedule.chosen.memory)
-    if on_gpu and memory.budget is not None:
-        _cap(budget, ctx.device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(ctx.device)  # the peaks from here on are this training's
+        if memory.budget is not None:
+            _cap(budget, ctx.device)
     size = f"{quantities.memory(schedule.chosen.parts.total)} of {quantities.memory(budget)}"
     ctx.listener.note(f"{stage}: {training.words(schedule.chosen.cut)}; plans with {size}")
     return own, {"plan": schedule.record()}

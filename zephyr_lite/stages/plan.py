@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -74,6 +75,30 @@ def run(
         if plan.schedule.chosen is None:
             raise does_not_fit(plan.stage, plan.schedule, plan.training, recipe)
     ctx.listener.note(f"run it: zephyr-lite run {pick}")
+
+
+def check_inputs(ctx: Context) -> None:
+    """Refuse a run whose trainings do not all fit, before the first one begins.
+
+    By estimates where data is not tokenised yet; each training plans again by its own lengths. What
+    cannot be known beforehand (a base or data that is not here yet) is left to that.
+    Raises: MachineError (exit 3) with what would fit.
+    """
+    recipe = ctx.recipe
+    if recipe.engine == "hf" or (ctx.device.type == "cpu" and recipe.memory.budget is None):
+        return
+    kind: Literal["cpu", "cuda"] = "cuda" if ctx.device.type == "cuda" else "cpu"
+    machine = Machine("", kind, fit.budget_of(recipe.memory, ctx.device), fit.rates_of(ctx))
+    for stage in _stages(recipe):
+        if ctx.run.manifest["stages"].get(stage, {}).get("finished"):
+            continue
+        try:
+            checkpoint = find_checkpoint(recipe.base, offline=True, device=kind)
+            plan = _planned(ctx, stage, checkpoint, machine)
+        except (DataError, MachineError):
+            continue
+        if plan.schedule.chosen is None and checkpoint.geometry.family in FAMILIES:
+            raise does_not_fit(stage, plan.schedule, plan.training, recipe)
 
 
 def machine_of(ctx: Context, vram: str | None, gpu: str | None) -> Machine:

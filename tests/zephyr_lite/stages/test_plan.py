@@ -158,6 +158,17 @@ def test_what_cannot_fit_is_refused_before_a_step(command, micro, tmp_path):
     assert not (tmp_path / "run" / "sft" / "metrics.jsonl").exists()
 
 
+def test_a_run_is_refused_for_its_last_training_before_the_first_begins(command, micro, tmp_path):
+    words = (*AUTO, "--set", "memory.budget=4MiB", "--set", "dpo.lora.r=64")
+    words = (*words, "--set", "dpo.lora.alpha=64")
+    status, text = command.run(
+        "run", micro, "--run", str(tmp_path / "run"), *words, home=tmp_path / "home"
+    )
+    assert status == 3, text
+    assert "dpo takes at least" in text and "dpo.lora.r=" in text
+    assert not (tmp_path / "run" / "sft").exists()
+
+
 REAL = """
 name: real
 base: {base}
