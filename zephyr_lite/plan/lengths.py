@@ -201,6 +201,14 @@ def pack(documents: Documents, settings: Sft) -> list[Row]:
     return how(documents, settings.max_length)
 
 
+def heaviest(sizes_E: np.ndarray, budget: int, order: Order) -> list[int]:
+    """Examples of the micro-batch with the most tokens of all steps; of several the first.
+
+    Args: sizes_E: tokens of every example, int64.
+    """
+    return _cut(sizes_E, budget, order, sample=0)[1]
+
+
 Members = list[int]
 """Examples of one micro-batch."""
 

@@ -7,7 +7,7 @@ however it is cut. `loss` returns a *sum* and the sums its metrics are made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from zephyr_lite.data.layout import (
 )
 from zephyr_lite.data.reference_cache import ReferenceLogProbs
 from zephyr_lite.model.policy import sum_by_sequence
+from zephyr_lite.plan.lengths import heaviest
 from zephyr_lite.recipe import Dpo
 from zephyr_lite.train.losses import preference_loss
 
@@ -103,7 +104,8 @@ class LanguageModelling:
 
     def heaviest(self, order: Order) -> MicroBatch:
         """See `Objective.heaviest`."""
-        return self._micro_batch(_heaviest(order, self._sizes, self.tokens_per_micro_batch))
+        sizes_E = np.array(self._sizes(range(self.n_examples)), np.int64)
+        return self._micro_batch(heaviest(sizes_E, self.tokens_per_micro_batch, order))
 
     def loss(self, logp_N: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
         """See `Objective.loss`."""
@@ -150,7 +152,8 @@ class Preference:
 
     def heaviest(self, order: Order) -> MicroBatch:
         """See `Objective.heaviest`."""
-        return self._micro_batch(_heaviest(order, self._sizes, self.tokens_per_micro_batch))
+        sizes_E = np.array(self._sizes(range(self.n_examples)), np.int64)
+        return self._micro_batch(heaviest(sizes_E, self.tokens_per_micro_batch, order))
 
     def loss(self, logp_N: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
         """See `Objective.loss`; metrics carry TRL's names."""
@@ -196,27 +199,3 @@ class Preference:
 def pair_tokens(pair: EncodedPair) -> int:
     """Tokens of a pair in the shared layout."""
     return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
-
-
-def _heaviest(
-    order: Order, sizes_of: Callable[[Sequence[int]], list[int]], budget: int
-) -> list[int]:
-    """Examples of an order's micro-batch with the most tokens; of several the first."""
-    sizes_E = np.array(sizes_of(range(order.n_examples)), np.int64)
-    found, most = [], 0
-    for examples in _steps(order):
-        sizes = sizes_E[examples]
-        if max(sizes.max(), min(sizes.sum(), budget)) <= most:  # however the step is cut
-            continue
-        for members in fill(sizes.tolist(), budget):
-            if (tokens := int(sizes[members].sum())) > most:
-                found, most = examples[members].tolist(), tokens
-    return found
-
-
-def _steps(order: Order) -> Iterator[np.ndarray]:
-    """`order.step` of every step, with each epoch's permutation drawn once."""
-    for first in range(0, order.total_steps, order.steps_per_epoch):
-        examples = order.epoch(first // order.steps_per_epoch)
-        for at in range(min(order.steps_per_epoch, order.total_steps - first)):
-            yield examples[at * order.batch_size : (at + 1) * order.batch_size]
