@@ -95,7 +95,7 @@ def check_inputs(ctx: Context) -> None:
         try:
             checkpoint = find_checkpoint(recipe.base, offline=True, device=kind)
             plan = _planned(ctx, stage, checkpoint, machine)
-        except (DataError, MachineError):
+        except (DataError, MachineError, RecipeError, StorageError):
             continue
         if plan.schedule.chosen is None and checkpoint.geometry.family in FAMILIES:
             raise does_not_fit(stage, plan.schedule, plan.training, recipe)
