@@ -19,7 +19,7 @@ from zephyr_lite.data.layout import Order, Row, fill
 from zephyr_lite.errors import MachineError, RecipeError
 from zephyr_lite.plan.checkpoint import read_checkpoint
 from zephyr_lite.plan.geometry import Geometry
-from zephyr_lite.plan.gpus import GIB, Gpu, gpu_named
+from zephyr_lite.plan.gpus import CPU, GIB, Gpu, gpu_named
 from zephyr_lite.plan.lengths import DocumentLengths, Lengths, pairs_of
 from zephyr_lite.plan.memory import CONTEXT_BYTES
 from zephyr_lite.plan.roofline import micro_batch_seconds, step_seconds
@@ -30,7 +30,6 @@ from zephyr_lite.plan.work import documents_work, pairs_work
 from zephyr_lite.recipe import Base, Memory
 
 LARGE = 8192  # tokens of a micro-batch beyond which a dequantisation is spread thin enough
-CPU = Gpu("CPU", 0, 0.1, 20.0, 20.0, "assumed, to rank cuts")
 
 
 def settled(

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from zephyr_lite.stages.context import Context
     from zephyr_lite.train.loop import Listener
 
-SMALL_BYTES = 2 << 30  # weights that a CPU can train in hours
-
 
 @contextmanager
 def opened(
@@ -102,17 +100,12 @@ def choose_device(asked: str, *, needs_gpu: bool) -> str:
 
 def _needs_gpu(recipe: Recipe) -> bool:
     """Whether the model is too large for a CPU: on the hub, or a folder of large weights."""
+    from zephyr_lite.recipe import is_large
+
     start = recipe.sft.start if recipe.sft else None
-    if start and Path(start).expanduser().is_dir() and _is_large(start):
+    if start and Path(start).expanduser().is_dir() and is_large(start):
         return True
-    return recipe.base.build is None and _is_large(recipe.base.model)
-
-
-def _is_large(model: str) -> bool:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return sum(f.stat().st_size for f in folder.glob("*.safetensors")) > SMALL_BYTES
-    return not model.startswith((".", "/", "~"))
+    return recipe.base.build is None and is_large(recipe.base.model)
 
 
 def stay_offline() -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zephyr_lite import __version__, recipe_file, session
+from zephyr_lite import __version__, recipe_file
 from zephyr_lite.cli import main
 from zephyr_lite.recipe import Recipe
+from zephyr_lite.recipe.training import SMALL_BYTES
 
 DIALOGUES = [
     {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": "ok"}]}
@@ -263,7 +264,7 @@ def test_a_large_local_model_needs_a_gpu_too(zl, monkeypatch, recipe, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "large").mkdir()
     with (tmp_path / "large" / "model.safetensors").open("wb") as file:
-        file.truncate(session.SMALL_BYTES + 1)  # a hole: no disk is used
+        file.truncate(SMALL_BYTES + 1)  # a hole: no disk is used
     status, _, err = zl("sft", recipe, "--set", "base=large")
     assert status == 3 and "full-size model" in err
 

@@ -25,7 +25,7 @@ from zephyr_lite.recipe import Memory
 
 TOKENS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 ALTERNATIVES = 2
-HOST_PENALTY = 1.02
+HOST_PENALTY = 1.02  # what host memory must buy at least; its copies were never timed
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from zephyr_lite.recipe.data import Data, Dialogues, Feedback, Source, Sources, 
 from zephyr_lite.recipe.export import Export
 from zephyr_lite.recipe.memory import Memory
 from zephyr_lite.recipe.section import SHORT_FORMS, Section, result_fields
-from zephyr_lite.recipe.training import ALL_LINEARS, Base, Build, Dpo, Lora, Sft, Training
+from zephyr_lite.recipe.training import ALL_LINEARS, Base, Build, Dpo, Lora, Sft, Training, is_large
 
 __all__ = [
     "ALL_LINEARS", "SHORT_FORMS", "Base", "Build", "Data", "Dialogues", "Dpo", "Export", "Feedback",
     "Lora", "Memory", "Recipe", "Section", "Sft", "Source", "Sources", "Split", "Training",
-    "result_fields",
+    "is_large", "result_fields",
 ]  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from zephyr_lite.recipe.section import Section, how
 
+SMALL_BYTES = 2 << 30  # weights that a CPU can train in hours
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -163,3 +165,11 @@ class Dpo(Training):
         if self.loss in ("ipo", "hinge", "sft") and self.label_smoothing > 0:
             raise ValueError(f"label_smoothing has no meaning under loss: {self.loss}")
         return self
+
+
+def is_large(model: str) -> bool:
+    """Whether a model is none for a CPU: on the hub, or a folder of large weights."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors")) > SMALL_BYTES
+    return not model.startswith((".", "/", "~"))

@@ -20,6 +20,7 @@ def lines(
     plans: list[StagePlan],
     disk: dict[str, int],
 ) -> list[str]:
+    """The page. Args: disk: what -> bytes, see `plan.disk`."""
     columns = [_column(plan) for plan in plans]
     budget = quantities.memory(machine.budget)
     billions = checkpoint.parameters / 1e9
@@ -37,13 +38,13 @@ def _column(plan: StagePlan) -> Column:
     schedule, training = plan.schedule, plan.training
     if schedule.chosen is None:
         words = f"does not fit; the least is {training.words(schedule.least.cut)}"
-        return Column(plan.stage, schedule.least.parts, words, (), None)
+        return Column(plan.stage, schedule.least.parts, words, ())
     others = tuple(
         plan_table.alternative(other, schedule.chosen, training.words(other.cut))
         for other in schedule.alternatives
     )
     words = training.words(schedule.chosen.cut)
-    return Column(plan.stage, schedule.chosen.parts, words, others, schedule.chosen)
+    return Column(plan.stage, schedule.chosen.parts, words, others)
 
 
 def _about_time(machine: Machine, plans: list[StagePlan]) -> str:
@@ -93,6 +94,7 @@ def as_json(
     plans: list[StagePlan],
     disk: dict[str, int],
 ) -> dict[str, Any]:
+    """The same for a program: bytes and seconds, None where they are not known."""
     stages: dict[str, Any] = {}
     for plan in plans:
         tells = machine.gpu is not None or plan.factor is not None

@@ -27,13 +27,12 @@ FREE = "."
 
 @dataclass(frozen=True)
 class Column:
-    """One training of the table. chosen: None when nothing fits; `parts` are then the least."""
+    """One training of the table. parts: as chosen, or the least where nothing fits."""
 
     stage: str
     parts: Parts
     words: str
     others: tuple[str, ...]
-    chosen: Candidate | None
 
 
 @dataclass(frozen=True)

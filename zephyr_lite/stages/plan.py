@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -32,7 +31,7 @@ from zephyr_lite.plan.gpus import UNKNOWN, gpu_named, memory_bytes, usable_bytes
 from zephyr_lite.plan.lengths import Lengths, documents_of, pairs_of
 from zephyr_lite.plan.schedule import Training, choose
 from zephyr_lite.plan.setting import order_of, setting_of
-from zephyr_lite.recipe import Recipe
+from zephyr_lite.recipe import Recipe, is_large
 from zephyr_lite.report import plan_page
 from zephyr_lite.stages import fit, probe
 from zephyr_lite.stages.context import Context
@@ -40,8 +39,6 @@ from zephyr_lite.stages.fit import GB, Stage, does_not_fit
 from zephyr_lite.stages.reference import encoded_pairs
 from zephyr_lite.stages.sft import corpus
 from zephyr_lite.storage import cache_folder
-
-SMALL_BYTES = 2 << 30  # weights that a CPU can train in hours
 
 
 def run(
@@ -56,6 +53,11 @@ def run(
     Raises: MachineError (exit 3) when a training does not fit, with what would.
     """
     recipe, machine = ctx.recipe, machine_of(ctx, vram, gpu)
+    if machine.budget <= 0:
+        raise MachineError(
+            f"{machine.name}: nothing is left of it to plan with",
+            hint="give more by --vram, or a smaller memory.reserve; a card keeps 1 to 1.5 GiB",
+        )
     checkpoint = find_checkpoint(recipe.base, offline=ctx.run.offline, device=machine.kind)
     plans = [_planned(ctx, stage, checkpoint, machine) for stage in _stages(recipe)]
     if not plans:
@@ -107,10 +109,11 @@ def machine_of(ctx: Context, vram: str | None, gpu: str | None) -> Machine:
     Raises: MachineError where neither is; RecipeError for an unknown name or amount.
     """
     vram, reserve = vram or ctx.recipe.memory.budget, int(ctx.recipe.memory.reserve * GB)
-    known = gpu_named(gpu) if gpu else None
+    known, base = gpu_named(gpu) if gpu else None, ctx.recipe.base
+    needs_gpu = base.build is None and is_large(base.model)
     if vram:
         bytes_ = memory_bytes(vram)
-        on_cpu = ctx.device.type == "cpu" and known is None and not _is_large(ctx)
+        on_cpu = ctx.device.type == "cpu" and known is None and not needs_gpu
         budget = (bytes_ if on_cpu else usable_bytes(bytes_)) - reserve
         name = f"{known.name} held to {vram}" if known else f"a card of {vram}"
         return Machine("this CPU" if on_cpu else name, "cpu" if on_cpu else "cuda", budget, known)
@@ -121,20 +124,12 @@ def machine_of(ctx: Context, vram: str | None, gpu: str | None) -> Machine:
         rates = fit.rates_of(ctx)
         here = None if rates is UNKNOWN else rates
         return Machine(name, "cuda", fit.budget_of(ctx.recipe.memory, ctx.device), here)
-    if _is_large(ctx):
+    if needs_gpu:
         raise MachineError(
             "no CUDA GPU here to plan for",
             hint=f"name one: zephyr-lite plan {ctx.recipe.name} --gpu 4090, or --vram 24GB",
         )
     return Machine("this CPU", "cpu", psutil.virtual_memory().available - reserve, None)
-
-
-def _is_large(ctx: Context) -> bool:
-    """Whether the recipe's base is no model for a CPU: on the hub, or a folder of large weights."""
-    folder = Path(ctx.recipe.base.model).expanduser()
-    if ctx.recipe.base.build is not None or not folder.is_dir():
-        return ctx.recipe.base.build is None
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) > SMALL_BYTES
 
 
 def _other_engine(recipe: Recipe, checkpoint: Checkpoint) -> str | None:

@@ -30,7 +30,7 @@ CHOSEN = Candidate(Cut(4096, 32), PARTS, HostParts(0, 0), 4.0, 3.0)
 WORDS = (
     "4096 tokens a micro-batch, 30 of 32 layers keep activations, the others wait in host memory"
 )
-COLUMN = Column("dpo", PARTS, WORDS, (WORDS,), CHOSEN)
+COLUMN = Column("dpo", PARTS, WORDS, (WORDS,))
 
 
 def test_the_bar_is_the_budget():

@@ -76,7 +76,9 @@ def test_what_cannot_fit_exits_3_with_the_way_out(plan):
         (("--vram", "much"), 2, "no amount of memory"),
         ((), 3, "--gpu 4090"),
         (("--gpu", "4090", "--probe"), 3, "there is none here"),
-        (("--gpu", "4090", "--set", "memory.reserve=30"), 3, "takes at least"),
+        (("--gpu", "4090", "--set", "memory.reserve=16"), 3, "takes at least"),
+        (("--gpu", "4090", "--set", "memory.reserve=30"), 3, "nothing is left"),
+        (("--vram", "1GB"), 3, "nothing is left"),
     ],
 )
 def test_what_is_refused(plan, words, status, said):

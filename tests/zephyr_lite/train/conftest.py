@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from zephyr_lite.recipe import Dpo, Lora, Memory, Sft
 from zephyr_lite.stopping import Stop
 from zephyr_lite.train.loop import Job
 from zephyr_lite.train.objectives import LanguageModelling, Preference
+
+# Tests say `from job_files import weights`; importlib mode puts no folder on the path.
+sys.path.insert(0, str(Path(__file__).parent))
 
 DOCUMENTS = [40, 12, 33, 7, 55, 21, 18, 30]
 PAIRS = [(5, 8, 6), (12, 3, 9), (1, 7, 7), (20, 10, 4), (8, 8, 8), (3, 15, 2), (9, 1, 5)]

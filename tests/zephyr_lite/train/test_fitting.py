@@ -5,7 +5,6 @@ Memory is real here: a budget sees every storage that is made, and raises as a G
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,32 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from job_files import lines, newest, weights
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from zephyr_lite.errors import MachineError, Stopped
 from zephyr_lite.model.engines import make_engine
 from zephyr_lite.train.fitting import PolicyLadder
 from zephyr_lite.train.loop import Job
-
-TIMING = {"tokens_per_second", "pairs_per_second", "peak_memory_gib"}
-
-
-def weights(job: Job) -> dict[str, bytes]:
-    """The trained tensors, byte for byte."""
-    return {n: p.detach().numpy().tobytes() for n, p in job.policy.trainable().items()}
-
-
-def newest(job: Job) -> dict[str, bytes]:
-    """Name and tensors of the newest checkpoint, byte for byte."""
-    folder = sorted((job.folder / "checkpoints").glob("step-*"))[-1]
-    return {f"{folder.name}/{f.name}": f.read_bytes() for f in folder.glob("*.safetensors")}
-
-
-def lines(job: Job) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock measures."""
-    text = (job.folder / "metrics.jsonl").read_text()
-    found = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in found]
 
 
 @pytest.fixture

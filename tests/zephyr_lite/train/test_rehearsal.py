@@ -6,7 +6,6 @@ Memory is real here: a budget sees every storage that is made, and raises as a G
 from __future__ import annotations
 
 import itertools
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from job_files import lines, newest, weights
 
 from zephyr_lite.data.layout import Documents, Order, join_documents
 from zephyr_lite.errors import MachineError, Stopped
@@ -28,26 +28,7 @@ from zephyr_lite.train.masters import make_masters
 from zephyr_lite.train.objectives import LanguageModelling, Objective, Preference
 from zephyr_lite.train.optimizer import state_tensors
 
-TIMING = {"tokens_per_second", "pairs_per_second", "peak_memory_gib"}
 CPU = torch.device("cpu")
-
-
-def weights(job: Job) -> dict[str, bytes]:
-    """The trained tensors, byte for byte."""
-    return {n: p.detach().numpy().tobytes() for n, p in job.policy.trainable().items()}
-
-
-def newest(job: Job) -> dict[str, bytes]:
-    """Name and tensors of the newest checkpoint, byte for byte."""
-    folder = sorted((job.folder / "checkpoints").glob("step-*"))[-1]
-    return {f"{folder.name}/{f.name}": f.read_bytes() for f in folder.glob("*.safetensors")}
-
-
-def lines(job: Job) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock measures."""
-    text = (job.folder / "metrics.jsonl").read_text()
-    found = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in found]
 
 
 # ---------------------------------------------------------------- the rehearsal
