@@ -7,7 +7,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SHIPPED = ("*.py", "questions/*.py", "rivals/*.txt", "lengths/*.json")
+SHIPPED = ("**/*.py", "rivals/*.txt", "lengths/*.json")
 
 
 class BenchmarkScripts(BuildHookInterface):

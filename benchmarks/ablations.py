@@ -24,9 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import ablation_tables as tables
-from ablation_judge import Judged, held_out_prompts, judge, win_rate
-
+from ablation import tables
+from ablation.judge import Judged, held_out_prompts, judge, win_rate
 from zephyr_lite.export.check.llama_cpp import LlamaCppModel
 from zephyr_lite.storage import read_json, write_json, write_text
 

@@ -37,11 +37,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gpu_rows import installed_version, read_commit
-from race_rows import cpu_name
+from rows.provenance import cpu_name, installed_version, read_commit
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = Path(__file__).with_name("export_steps.py")
+STEPS = ROOT / "benchmarks" / "export" / "steps.py"
 QUANTS = ("f16", "q8_0", "q4_k_m", "q5_k_m", "q6_k")
 CONVERTED = ("f32", "bf16")  # types that llama.cpp's converter writes, and its quantiser does not
 SAMPLE_SECONDS = 0.02

@@ -27,8 +27,10 @@ from types import ModuleType
 from typing import NoReturn
 
 import torch
-from gpu_bench import Bench, Case
-from gpu_rows import DONE, REPO, Ledger, Measure, Part, describe_machine, failed
+
+from gpu.bench import Bench, Case
+from gpu.rows import DONE, Ledger, Measure, Part, describe_machine, failed
+from rows.provenance import REPO
 
 PARTS = (
     "suite",
@@ -65,8 +67,8 @@ def say(text: str) -> None:
 
 
 def load_part(name: str) -> tuple[Part, ModuleType]:
-    """Import questions/NAME.py; its PART says what it is, its `cases(bench)` what it measures."""
-    module = importlib.import_module(f"questions.{name}")
+    """Import gpu/questions/NAME.py: its PART says what it is, `cases(bench)` what it measures."""
+    module = importlib.import_module(f"gpu.questions.{name}")
     return module.PART, module
 
 

@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gpu_rows import installed_version
-from svg_chart import WIDTH
+from pages.svg_chart import WIDTH
+from rows.provenance import installed_version
 
 HERE = Path(__file__).resolve().parent
 PLANS = (

@@ -14,17 +14,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from page_kernels import exports_section, kernels_section
-from page_race import TITLES, race_section
-from page_rows import Race, Row, RowsError, exports, others, races, read, suite_cases
-from page_text import NOT_MEASURED
+from pages.other_sections import exports_section, kernels_section
+from pages.race_section import TITLES, race_section
+from pages.text import NOT_MEASURED
+from rows.reading import Race, Row, RowsError, exports, others, races, read, suite_cases
 
 
 def make_page(rows: Sequence[Row], stem: str) -> tuple[str, dict[str, str]]:
     """(Markdown, file name -> SVG text); pictures are called STEM-....svg.
 
     Args:
-        rows: as `page_rows.read` gives them.
+        rows: as `reading.read` gives them.
     """
     found = races(rows)
     sections = [race_section(race, f"{stem}-{at}") for at, race in enumerate(found, start=1)]

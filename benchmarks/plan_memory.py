@@ -1,4 +1,4 @@
-"""How right is the memory plan? Each case of plan_cases.py in a process of its own, on a CPU.
+"""How right is the memory plan? Each case of plans/cases.py in a process of its own, on a CPU.
 
     python benchmarks/plan_memory.py --out benchmarks/results/plan-memory.jsonl [--only NAME ...]
 
@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gpu_rows import installed_version, read_commit
-from plan_cases import CASES
+from plans.cases import CASES
+from rows.provenance import installed_version, read_commit
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -63,7 +63,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     """One case in this process, on one thread."""
     os.environ["ZEPHYR_LITE_HOME"] = str(folder / "cache")
     import torch
-    from plan_rig import build, run
+
+    from plans.rig import build, run
 
     torch.set_num_threads(1)
     case = next(case for case in CASES if case.name == name)

@@ -26,8 +26,8 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gpu_rows import installed_version, read_commit
 
+from rows.provenance import installed_version, read_commit
 from zephyr_lite.export.quants import ggml, quantise
 
 ROOT = Path(__file__).resolve().parent.parent

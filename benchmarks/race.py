@@ -5,7 +5,7 @@
     python benchmarks/race.py dpo --rival-python trl=PATH --rival-python unsloth=PATH
     python benchmarks/race.py sft --toy                 seconds; rows go to a temporary file
 
-Sides and their settings stand in race_sides.py, environments for rivals in rivals/. Sides take
+Sides and their settings stand in races/sides.py, environments for rivals in rivals/. Sides take
 turns, `--rounds` times. No speed is reported from a run that computes something else: ids and
 losses must agree first. See README.md.
 """
@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_rows import read_commit, read_smi
-from race_model import GEOMETRIES
-from race_plan import known_gpu, least_seconds
-from race_prepare import SETUPS, find_base, prepare
-from race_rows import Row, Runs, absent, cpu_name, make_rows, table
-from race_sides import RIVALS, missing, run_apart, variants
-from race_work import Case, read_work
+
+from races.model import GEOMETRIES
+from races.plan import known_gpu, least_seconds
+from races.prepare import SETUPS, find_base, prepare
+from races.rows import Row, Runs, absent, make_rows, table
+from races.sides import RIVALS, missing, run_apart, variants
+from races.work import Case, read_work
+from rows.provenance import cpu_name, read_commit, read_smi
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OPTIMIZERS = {"sft": "adamw_8bit", "dpo": "paged_adamw_32bit"}  # the 7B recipe's, on a GPU

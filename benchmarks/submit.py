@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from page_rows import Row, RowsError, exports, figure, is_sound, races, read, suite_cases
+from rows.reading import Row, RowsError, exports, figure, is_sound, races, read, suite_cases
 
 RACE = (
     "benchmark", "task", "side", "engine", "setting", "options", "optimizer", "dropout", "versions",

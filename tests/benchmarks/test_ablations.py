@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from random import Random
@@ -29,17 +28,12 @@ TOY = (
 
 @pytest.fixture(scope="module")
 def bench():
-    """The benchmark's modules; `python benchmarks/ablations.py` has its folder on sys.path."""
-    sys.path.insert(0, str(REPO / "benchmarks"))
-    import ablation_judge
-    import ablation_tables
+    """The benchmark's modules."""
     import ablations
-    import svg_chart
+    from ablation import judge, tables
+    from pages import svg_chart
 
-    yield SimpleNamespace(
-        main=ablations, judge=ablation_judge, tables=ablation_tables, chart=svg_chart
-    )
-    sys.path.remove(str(REPO / "benchmarks"))
+    return SimpleNamespace(main=ablations, judge=judge, tables=tables, chart=svg_chart)
 
 
 def package_rows(name: str) -> list[dict[str, Any]]:

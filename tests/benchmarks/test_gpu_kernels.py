@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,24 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
-BENCHMARKS = REPO / "benchmarks"
 FP32 = torch.float32
 # Parts whose rows say by which arithmetic a model, or its products, computed.
 MODELS = ("kernels_gemm", "steps_sft", "steps_dpo", "plan_memory", "planned_runs")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _benchmarks_on_path():
-    """As `python benchmarks/gpu_suite.py` has it."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
-
 @pytest.fixture
 def bench():
-    from gpu_bench import Bench
+    from gpu.bench import Bench
 
     return Bench(torch.device("cpu"), toy=True, deadline=time.monotonic() + 60)
 
@@ -53,24 +42,28 @@ SPOILS = {
 
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 def test_a_spoiled_output_is_wrong(bench, spoil, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_kernels as ops
     from zephyr_kernels import norm, swiglu
+
+    from gpu.trials import operations as ops
+    from gpu.trials.trial import examine
 
     builds = (
         lambda: ops.norm_forward(bench, FP32, 7, 96, True),
         lambda: ops.swiglu_forward(bench, FP32, 7, 96),
     )
-    assert [ops.examine(bench, build()).status for build in builds] == ["ok", "ok"]
+    assert [examine(bench, build()).status for build in builds] == ["ok", "ok"]
     monkeypatch.setattr(norm, "add_rms_norm_", _spoiled(norm.add_rms_norm_, spoil))
     monkeypatch.setattr(swiglu, "swiglu", _spoiled(swiglu.swiglu, spoil))
-    rows = [ops.examine(bench, build()) for build in builds]
+    rows = [examine(bench, build()) for build in builds]
     assert [row.status for row in rows] == ["wrong", "wrong"]
     assert all("bound" in row.note for row in rows)
 
 
 def test_a_kernel_that_writes_too_far_is_caught(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_kernels as ops
     from zephyr_kernels import swiglu
+
+    from gpu.trials import operations as ops
+    from gpu.trials.trial import examine
 
     def spill(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
         wider = out.as_strided((len(out), out.shape[1] + 1), out.stride())
@@ -78,12 +71,12 @@ def test_a_kernel_that_writes_too_far_is_caught(bench, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(swiglu, "swiglu", spill)
     with pytest.raises(RuntimeError, match="behind the end"):
-        ops.examine(bench, ops.swiglu_forward(bench, FP32, 7, 96))
+        examine(bench, ops.swiglu_forward(bench, FP32, 7, 96))
 
 
 def test_another_mask_than_the_seeds_is_wrong(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_kernels_lora as lora_ops
-    from gpu_kernels import examine
+    from gpu.trials import lora as lora_ops
+    from gpu.trials.trial import examine
 
     names = ("shrink", "a_backward", "input_backward")
     trials = [getattr(lora_ops, name)(bench, FP32, 33, 64, 12, True) for name in names]
@@ -105,9 +98,9 @@ def test_another_mask_than_the_seeds_is_wrong(bench, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("trimmed", [False, True])
 def test_attention_that_forgets_the_prompt_is_wrong(bench, trimmed: bool, monkeypatch) -> None:
-    import gpu_kernels_attention as attention_ops
-    from gpu_attention_race import Heads
-    from gpu_kernels import examine
+    from gpu.attention_race import Heads
+    from gpu.trials import attention as attention_ops
+    from gpu.trials.trial import examine
 
     heads = Heads(4, 2, 16)
     layout = attention_ops.pairs([(9, 5, 7), (4, 1, 3)])
@@ -128,8 +121,8 @@ def test_attention_that_forgets_the_prompt_is_wrong(bench, trimmed: bool, monkey
 
 
 def test_rows_scaled_by_another_power_are_wrong(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_kernels_fp16acc as fp16_ops
-    from gpu_kernels import examine
+    from gpu.trials import fp16acc as fp16_ops
+    from gpu.trials.trial import examine
 
     def statuses() -> list[str]:
         trials = [fp16_ops.scale_rows(bench, FP32, 7, 96)]
@@ -151,7 +144,7 @@ def test_rows_scaled_by_another_power_are_wrong(bench, monkeypatch: pytest.Monke
 
 
 def test_one_differing_value_of_nf4_is_wrong(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_kernels_lora as lora_ops
+    from gpu.trials import lora as lora_ops
 
     assert lora_ops.examine_nf4(bench, FP32, 33, 64, True).status == "ok"
     exact = lora_ops.nf4.dequantise
@@ -171,8 +164,8 @@ def test_failures_are_rows_and_the_summary_counts_them(
 ) -> None:
     """One operation is wrong, another raises, a third is right: the part goes on and says 2."""
     import gpu_suite
-    from gpu_rows import failed, figure
-    from questions import kernels_correct
+    from gpu.questions import kernels_correct
+    from gpu.rows import failed, figure
 
     def crash(dtype: torch.dtype) -> Any:
         raise RuntimeError("an illegal access, say")
@@ -205,7 +198,7 @@ def test_failures_are_rows_and_the_summary_counts_them(
 )  # fmt: skip
 def test_every_case_is_told_apart_and_costs_nothing_to_list(name: str, on_gpu: bool) -> None:
     """Listing a part's cases allocates nothing and touches no device: here there is no GPU."""
-    from gpu_bench import Bench
+    from gpu.bench import Bench
     from gpu_suite import load_part
 
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -218,14 +211,14 @@ def test_every_case_is_told_apart_and_costs_nothing_to_list(name: str, on_gpu: b
         assert all("gemm" in json.loads(shape) for shape in shapes)
     if on_gpu and name == "kernels_correct":
         operations = {json.loads(shape)["op"] for shape in shapes}
-        assert len(operations) == 16 + 1  # and the summary
+        assert len(operations) == 17 + 1  # and the summary
         for dtype in ("bfloat16", "float16"):
             assert sum(f'"{dtype}"' in shape for shape in shapes) == (len(shapes) - 1) / 2
 
 
 def test_the_gemm_path_checks_its_output(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter's term left out is wrong by more than rounding."""
-    from questions import kernels_gemm
+    from gpu.questions import kernels_gemm
 
     group = kernels_gemm.adapted(
         bench, {"q_proj": (32, 64), "k_proj": (16, 64)}, 4, 0.05, quantised=False

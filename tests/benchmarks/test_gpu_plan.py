@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
-BENCHMARKS = REPO / "benchmarks"
 GIB = 2**30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _benchmarks_on_path():
-    """As `python benchmarks/gpu_suite.py` has it."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
 def shared():
     """A toy base that these tests share, as the cases of a part do."""
-    from gpu_bench import Bench
-    from gpu_model import TOY
-    from gpu_rig import Shared
+    from gpu.bench import Bench
+    from gpu.model import TOY
+    from gpu.rig import Shared
 
     bench = Bench(torch.device("cpu"), toy=True, deadline=time.monotonic() + 300)
     return Shared(bench, TOY)
@@ -56,7 +44,7 @@ def _starve(monkeypatch: pytest.MonkeyPatch, name: str, starved: set[int]) -> li
 
 
 def _planned_run(shared: Any, cap_gib: float = 22.5, stage: Any = "dpo") -> dict[str, Any]:
-    from gpu_planned_run import PlannedRun, measure
+    from gpu.planned_run import PlannedRun, measure
 
     run = PlannedRun(cap_gib, "zephyr-7b", stage, steps=3)
     return {row.metric: row for row in measure(shared, run)}
@@ -66,7 +54,7 @@ def _planned_run(shared: Any, cap_gib: float = 22.5, stage: Any = "dpo") -> dict
 
 
 def test_adapters_of_one_case_are_gone_in_the_next(shared) -> None:
-    from gpu_model import TOY
+    from gpu.model import TOY
 
     def ranks(model: Any) -> set[tuple[str, int]]:
         weights = model.named_parameters()
@@ -89,7 +77,7 @@ def test_adapters_of_one_case_are_gone_in_the_next(shared) -> None:
 
 
 def test_the_configurations_cover_what_a_peak_hangs_on() -> None:
-    from questions.plan_memory import configurations
+    from gpu.questions.plan_memory import configurations
 
     found = configurations()
     assert len(found) >= 20
@@ -115,8 +103,8 @@ def test_the_configurations_cover_what_a_peak_hangs_on() -> None:
 
 
 def test_a_plan_that_is_off_is_wrong_and_says_by_how_much(shared, monkeypatch) -> None:
-    import gpu_plan
-    from questions.plan_memory import toys
+    from gpu import plan as gpu_plan
+    from gpu.questions.plan_memory import toys
 
     case = toys()[0]
     row, *others = gpu_plan.measure(shared, case)
@@ -139,8 +127,7 @@ def test_a_plan_that_is_off_is_wrong_and_says_by_how_much(shared, monkeypatch) -
 
 def test_what_cublas_takes_is_the_contexts(shared) -> None:
     """The plan has it there; the allocator has it among what it handed out."""
-    from gpu_plan import Peaks, _allocated
-
+    from gpu.plan import Peaks, _allocated
     from zephyr_lite.plan.ledger import HostParts, Parts
 
     parts = Parts(1000, 0, 0, 0, 0, 0, 0, context=500)
@@ -157,7 +144,7 @@ def test_what_cublas_takes_is_the_contexts(shared) -> None:
 @pytest.fixture
 def pretended(shared, monkeypatch: pytest.MonkeyPatch):
     """A base on a GPU whose allocator gives figures of our own; limits and figures are kept."""
-    from gpu_rig import Shared
+    from gpu.rig import Shared
 
     _ = shared.base  # the ceilings are measured, and go with the copy
     figures = {"allocated": 3000, "requested": 2900, "reserved": 3400, "free": 5000, "total": 9000}
@@ -182,8 +169,8 @@ def pretended(shared, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_allocator_is_asked_on_a_gpu(pretended) -> None:
-    import gpu_plan
-    from questions.plan_memory import toys
+    from gpu import plan as gpu_plan
+    from gpu.questions.plan_memory import toys
 
     on_gpu, figures, _ = pretended
     rows = {row.metric: row for row in gpu_plan.measure(on_gpu, toys()[0])}
@@ -220,8 +207,8 @@ def test_a_planned_run_says_what_was_planned_and_what_came(shared) -> None:
 
 
 def test_the_recipes_are_the_cards(shared) -> None:
-    from gpu_planned_run import PlannedRun, recipe_of
-    from questions.planned_runs import RECIPES
+    from gpu.planned_run import PlannedRun, recipe_of
+    from gpu.questions.planned_runs import RECIPES
 
     assert sorted(RECIPES) == [7.0, 10.8, 14.5, 22.5]
     for cap, name in RECIPES.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
-BENCHMARKS = REPO / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _benchmarks_on_path():
-    """As `python benchmarks/gpu_suite.py` has it."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
 
 @pytest.fixture
 def bench():
-    from gpu_bench import Bench
+    from gpu.bench import Bench
 
     return Bench(torch.device("cpu"), toy=True, deadline=time.monotonic() + 60)
 
@@ -39,8 +27,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_task_is_counted_with_the_adapter_that_trains_and_those_beside_it() -> None:
-    from gpu_rig import Task
-
+    from gpu.rig import Task
     from zephyr_lite.recipe import Sft
 
     task = Task("dpo", "pairs", {"sft": 16, "dpo": 128}, Sft(), lambda setting: None)  # type: ignore[arg-type, return-value]
@@ -52,9 +39,9 @@ def test_a_task_is_counted_with_the_adapter_that_trains_and_those_beside_it() ->
 
 def test_the_random_model_is_nf4_under_pefts_own_layers(bench) -> None:
     from bitsandbytes.nn.modules import Linear4bit
-    from gpu_model import TOY, build_model
     from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 
+    from gpu.model import TOY, build_model
     from zephyr_lite.model.adapters import activate, add_adapter
     from zephyr_lite.recipe import Lora
 
@@ -71,7 +58,7 @@ def test_the_random_model_is_nf4_under_pefts_own_layers(bench) -> None:
 
 
 def test_the_pairs_keep_the_truncation_rule() -> None:
-    from questions.steps_dpo import LENGTHS
+    from gpu.questions.steps_dpo import LENGTHS
 
     assert len(LENGTHS) == 64
     for prompt, chosen, rejected in LENGTHS:
@@ -82,9 +69,8 @@ def test_the_pairs_keep_the_truncation_rule() -> None:
 
 def test_a_setting_reaches_the_model_it_shares(bench) -> None:
     """Dropout and checkpointing of one case are not the next one's."""
-    from gpu_model import TOY
-    from gpu_rig import Rig, Setting, Task
-
+    from gpu.model import TOY
+    from gpu.rig import Rig, Setting, Task
     from zephyr_lite.recipe import Sft
 
     task = Task("sft", "rows", {"sft": 4}, Sft.model_validate({}), lambda setting: None)  # type: ignore[arg-type, return-value]
@@ -102,9 +88,8 @@ def test_a_setting_reaches_the_model_it_shares(bench) -> None:
 
 def test_masters_on_the_host_are_one_cases(bench) -> None:
     """Parameters that were copies in the compute dtype are fp32 masters again in the next case."""
-    from gpu_model import TOY
-    from gpu_rig import Rig, Setting, Task
-
+    from gpu.model import TOY
+    from gpu.rig import Rig, Setting, Task
     from zephyr_lite.recipe import Sft
     from zephyr_lite.train.masters import DeviceMasters, HostMasters
 
@@ -129,10 +114,9 @@ def test_masters_on_the_host_are_one_cases(bench) -> None:
 
 
 def test_an_arithmetic_that_is_refused_is_a_row(bench) -> None:
-    from gpu_model import TOY
-    from gpu_rig import Rig, Setting, Task
-    from gpu_steps import step_cases
-
+    from gpu.model import TOY
+    from gpu.rig import Rig, Setting, Task
+    from gpu.steps import step_cases
     from zephyr_lite.recipe import Sft
 
     task = Task("sft", "rows", {"sft": 4}, Sft.model_validate({}), lambda setting: None)  # type: ignore[arg-type, return-value]
@@ -148,8 +132,8 @@ def test_an_arithmetic_that_is_refused_is_a_row(bench) -> None:
 def test_out_of_memory_is_a_row_and_the_next_case_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gpu_steps
     import gpu_suite
+    from gpu import steps as gpu_steps
 
     train = gpu_steps._train
 
@@ -179,8 +163,8 @@ def test_a_step_that_finds_no_memory_is_not_made_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training would go a notch down and on; a row is of the setting that it names."""
-    import gpu_steps
     import gpu_suite
+    from gpu import steps as gpu_steps
 
     tried: list[int] = []
 
@@ -222,7 +206,7 @@ def test_processes_follow_each_other_while_they_get_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grows: bool, processes: int
 ) -> None:
     import gpu_suite
-    from gpu_rows import Ledger, describe_machine
+    from gpu.rows import Ledger, describe_machine
 
     ledger = Ledger(tmp_path / "rows.jsonl", describe_machine(torch.device("cpu"), toy=True))
     dates: list[list[str]] = []
@@ -246,7 +230,7 @@ def test_processes_follow_each_other_while_they_get_on(
 
 def test_simulated_sums_round_as_they_say() -> None:
     """Nearest is unbiased, truncation only ever loses; what fp16 holds exactly is exact."""
-    from questions.fp16acc import sum_in_fp16
+    from gpu.questions.fp16acc import sum_in_fp16
 
     ones = torch.ones(3, 640, dtype=torch.float16)
     for truncate in (False, True):

@@ -38,17 +38,9 @@ STAND_ALONE = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _benchmarks_on_path():
-    """`python benchmarks/gpu_suite.py` has its folder on sys.path; so have these tests."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
-
 @pytest.fixture
 def bench():
-    from gpu_bench import Bench
+    from gpu.bench import Bench
 
     return Bench(torch.device("cpu"), toy=True, deadline=time.monotonic() + 60)
 
@@ -120,7 +112,7 @@ def test_a_run_cut_short_measures_what_is_missing(toy_file: Path, tmp_path: Path
 
 
 def test_a_damaged_file_is_refused_with_its_line(tmp_path: Path) -> None:
-    from gpu_rows import load_rows
+    from gpu.rows import load_rows
 
     path = tmp_path / "rows.jsonl"
     path.write_text('{"part": "head"}\n', encoding="utf-8")
@@ -140,7 +132,7 @@ def test_out_of_time_is_a_failure_with_a_row(tmp_path: Path) -> None:
 def test_a_part_in_its_own_process(tmp_path: Path, minutes: float, went_well: bool) -> None:
     """As on a GPU. With a limit that has passed before it starts, it is killed and has a row."""
     import gpu_suite
-    from gpu_rows import Ledger, describe_machine
+    from gpu.rows import Ledger, describe_machine
 
     path = tmp_path / "rows.jsonl"
     arguments = argparse.Namespace(minutes=minutes, device="cpu")
@@ -160,7 +152,7 @@ def test_toy_rows_are_kept_out_of_the_results() -> None:
 
 
 def test_a_case_that_raises_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from questions import head
+    from gpu.questions import head
 
     monkeypatch.setattr(head, "log_probs", lambda logits, target: logits[0, 10**9])
     path = tmp_path / "rows.jsonl"
@@ -171,7 +163,7 @@ def test_a_case_that_raises_becomes_a_row(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_wrong_case_is_not_present_and_a_later_right_one_is(tmp_path: Path) -> None:
-    from gpu_rows import Ledger, Part, describe_machine, failed, figure
+    from gpu.rows import Ledger, Part, describe_machine, failed, figure
 
     machine = describe_machine(torch.device("cpu"), toy=True)
     path, part, case = tmp_path / "rows.jsonl", Part("p", 1, "?"), {"pairs": [(1, 2)]}
@@ -186,7 +178,7 @@ def test_a_wrong_case_is_not_present_and_a_later_right_one_is(tmp_path: Path) ->
 
 
 def test_parts_that_run_our_code_count_for_a_clean_commit_only(tmp_path: Path) -> None:
-    from gpu_rows import Ledger, Part, describe_machine, figure
+    from gpu.rows import Ledger, Part, describe_machine, figure
 
     machine = describe_machine(torch.device("cpu"), toy=True)
     part = Part("suite", 1, "?", by_commit=True)
@@ -200,9 +192,10 @@ def test_parts_that_run_our_code_count_for_a_clean_commit_only(tmp_path: Path) -
 def test_a_backend_that_misaligns_the_shared_prompt_is_wrong_and_gets_no_speed(
     bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gpu_attention_race as race
-    from gpu_attention import Layout, pack_pairs
     from torch.nn.functional import scaled_dot_product_attention
+
+    from gpu import attention_race as race
+    from gpu.attention import Layout, pack_pairs
 
     def build_top_left(layout: Layout):
         """The classic mistake: the causal triangle starts at the first key of the prompt."""
@@ -233,7 +226,7 @@ def test_a_backend_that_misaligns_the_shared_prompt_is_wrong_and_gets_no_speed(
 
 
 def test_the_shared_layout_is_two_sequences_exactly() -> None:
-    from gpu_attention import attend_plainly, build_sdpa_segments, pack_pairs
+    from gpu.attention import attend_plainly, build_sdpa_segments, pack_pairs
 
     layout = pack_pairs([(4, 5, 3), (0, 2, 6), (3, 1, 1)], torch.device("cpu"))
     q = torch.randn(layout.tokens, 4, 8, dtype=torch.float64, requires_grad=True)
@@ -255,7 +248,7 @@ def test_the_shared_layout_is_two_sequences_exactly() -> None:
 
 def test_torchs_varlen_function_takes_the_arguments_we_pass() -> None:
     """On the meta device, where shapes and argument names are checked and nothing is computed."""
-    from gpu_attention import build_varlen, pack_pairs
+    from gpu.attention import build_varlen, pack_pairs
 
     with torch.device("meta"):
         q, k, v = torch.empty(18, 4, 8), torch.empty(18, 2, 8), torch.empty(18, 2, 8)
@@ -283,7 +276,7 @@ def test_a_command_over_its_limit_is_killed_with_its_children(bench, tmp_path: P
 
 
 def test_memory_plan_of_the_allocator_run_adds_up() -> None:
-    from gpu_allocator import SAVED, Plan
+    from gpu.allocator import SAVED, Plan
 
     assert sum(SAVED) == 94_336  # bytes per token and layer that `keep` saves
     assert 4000 < Plan(cap_bytes=int(22.5 * 2**30), fill=0.95).max_tokens < 7000
@@ -301,7 +294,7 @@ def test_the_suite_part_counts_tests(tmp_path: Path) -> None:
 
 
 def test_stage_seconds_come_from_the_manifest(tmp_path: Path) -> None:
-    from questions.tiny import stage_seconds
+    from gpu.questions.tiny import stage_seconds
 
     path = tmp_path / "manifest.json"
     path.write_text('{"stages": {"sft": {"seconds": 1.5}, "aif": {"started": "x"}}}')

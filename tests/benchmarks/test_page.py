@@ -20,15 +20,13 @@ VERSIONS = {"torch": "2.13.0", "trl": "1.16.0"}
 
 @pytest.fixture(scope="module")
 def bench():
-    """The benchmark's modules; `python benchmarks/page.py` has its folder on sys.path."""
-    sys.path.insert(0, str(REPO / "benchmarks"))
+    """The benchmark's modules."""
     import page
-    import page_rows
     import submit
-    import svg_chart
+    from pages import svg_chart
+    from rows import reading
 
-    yield SimpleNamespace(page=page, rows=page_rows, submit=submit, chart=svg_chart)
-    sys.path.remove(str(REPO / "benchmarks"))
+    return SimpleNamespace(page=page, rows=reading, submit=submit, chart=svg_chart)
 
 
 def side(name: str, setting: str = "best", speed: float = 2.0, **more: Any) -> dict[str, Any]:
@@ -229,7 +227,7 @@ def test_rows_of_the_repository_make_a_page(bench):
 
 def test_the_suite_adds_its_rows_to_a_file_of_other_benchmarks(bench, tmp_path):
     """`zephyr-lite bench kernels` appends to the file that `bench dpo` wrote."""
-    from gpu_rows import Ledger, Part, figure, load_rows
+    from gpu.rows import Ledger, Part, figure, load_rows
 
     file = tmp_path / "bench.jsonl"
     file.write_text(json.dumps(side("ours")) + "\n")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
+import projections
 from zephyr_lite.plan.gpus import gpu_named
 from zephyr_lite.plan.roofline import micro_batch_seconds
 from zephyr_lite.plan.setting import Cut
 from zephyr_lite.plan.work import documents_work, pairs_work
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # Derived by hand before there was a formula in code. SFT at 2048 tokens and r 16, tokens/s: all
 # layers keep at 4096 tokens a micro-batch; lean at 8192. DPO of r 128, pairs/s, at about 4096:
 # prompts of 150 and answers of 330; 500 and 250.
@@ -27,17 +25,8 @@ DERIVED = {
 }
 
 
-@pytest.fixture
-def projections():
-    sys.path.insert(0, str(BENCHMARKS))
-    import projections
-
-    yield projections
-    sys.path.remove(str(BENCHMARKS))
-
-
 @pytest.mark.parametrize("card", DERIVED)
-def test_the_formula_gives_what_was_derived(projections, card: str) -> None:
+def test_the_formula_gives_what_was_derived(card: str) -> None:
     gpu, g = gpu_named(card), projections.MISTRAL_7B
 
     def rate(units: int, setting, work, keep: int) -> float:
@@ -53,7 +42,7 @@ def test_the_formula_gives_what_was_derived(projections, card: str) -> None:
     assert found == pytest.approx(DERIVED[card], rel=0.02)
 
 
-def test_rows_projected_differ_from_the_derivation_by_what_is_named(projections) -> None:
+def test_rows_projected_differ_from_the_derivation_by_what_is_named() -> None:
     """The frozen adapter and the optimizer's step: below 1.5 %, and never faster."""
     rates = {(r["gpu"]["name"], r["task"]): r["value"] for r in projections.rows() if _keeps(r)}
     for card, (sft, _, dpo, _) in DERIVED.items():
@@ -68,7 +57,7 @@ def _keeps(row) -> bool:
     return row["policy"] == "keep"
 
 
-def test_committed_rows_are_what_the_formula_gives_and_say_what_they_are(projections) -> None:
+def test_committed_rows_are_what_the_formula_gives_and_say_what_they_are() -> None:
     committed = [json.loads(line) for line in projections.RESULTS.read_text().splitlines()]
     assert committed == json.loads(json.dumps(list(projections.rows()))), (
         "python benchmarks/projections.py writes them anew"
@@ -77,7 +66,7 @@ def test_committed_rows_are_what_the_formula_gives_and_say_what_they_are(project
     assert len(committed) == len(projections.CARDS) * len(projections.TASKS) * 2
 
 
-def test_the_table_says_projection_in_its_heading_and_has_a_line_per_card(projections) -> None:
+def test_the_table_says_projection_in_its_heading_and_has_a_line_per_card() -> None:
     heading, _, *lines = projections.table(list(projections.rows())).splitlines()
     assert heading.startswith("### PROJECTION, not measured")
     assert [line.split("|")[1].strip() for line in lines[2:]] == [

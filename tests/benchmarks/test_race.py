@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _benchmarks_on_path() -> Iterator[None]:
-    """`python benchmarks/race.py` has its folder on sys.path; so have these tests."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What toy races of two steps work on, by task."""
-    from race_prepare import find_base, prepare
+    from races.prepare import find_base, prepare
 
     found, base = {}, None
     for task in ("dpo", "sft"):
@@ -48,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def make_case(side: str, task: str, folders: dict[str, Path], **more: Any) -> Any:
     """A case of two steps, the first a warm-up."""
-    from race_work import Case
+    from races.work import Case
 
     engine = "native" if side == "ours" else None
     base = str(folders["dpo"] / "base")  # one for both tasks
@@ -60,9 +51,9 @@ def run_here(case: Any, folders: dict[str, Path]) -> list[dict[str, Any]]:
     """A case as its worker does it, in this process."""
     import importlib
 
-    from race_meter import Meter
+    from races.meter import Meter
 
-    worker, meter = importlib.import_module(f"race_{case.side}"), Meter(case)
+    worker, meter = importlib.import_module(f"races.side_{case.side}"), Meter(case)
     task = worker.preference if case.task == "dpo" else worker.language
     return [{"status": "ok", **task(case, folders[case.task], meter), **meter.report()}]
 
@@ -101,7 +92,7 @@ def test_a_toy_race_judges_every_side_and_measures_those_that_agree(tmp_path: Pa
 
 
 def test_all_sides_see_the_same_ids_and_lose_the_same(dpo) -> None:
-    from race_rows import judge
+    from races.rows import judge
 
     verdicts = list(judge(dpo).values())
     assert [verdict.status for verdict in verdicts] == ["ok"] * 3
@@ -111,8 +102,8 @@ def test_all_sides_see_the_same_ids_and_lose_the_same(dpo) -> None:
 
 
 def test_packed_rows_agree_too(folders: dict[str, Path]) -> None:
-    from race_rows import judge
-    from race_work import read_work
+    from races.rows import judge
+    from races.work import read_work
 
     assert max(map(len, read_work(folders["sft"]).rows)) > 2, "nothing is packed"
     cases = [make_case(side, "sft", folders) for side in ("ours", "plain", "trl")]
@@ -131,8 +122,8 @@ def test_dropout_spares_the_first_step(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("change", ["digests", "first", "later", "nan", "steps"])
 def test_whoever_computes_something_else_has_no_figure(dpo, folders, change: str) -> None:
-    from race_rows import make_rows
-    from race_work import read_work
+    from races.rows import make_rows
+    from races.work import read_work
 
     *_, rival = dpo
     run = dict(dpo[rival][0])
@@ -154,7 +145,7 @@ def test_whoever_computes_something_else_has_no_figure(dpo, folders, change: str
 
 
 def test_the_majority_is_the_truth_and_not_we(dpo) -> None:
-    from race_rows import judge
+    from races.rows import judge
 
     ours = next(iter(dpo))
     wrong = dict(dpo[ours][0], losses=[loss * 1.1 for loss in dpo[ours][0]["losses"]])
@@ -163,8 +154,8 @@ def test_the_majority_is_the_truth_and_not_we(dpo) -> None:
 
 
 def test_nobody_to_agree_with_is_no_speed(dpo, folders) -> None:
-    from race_rows import make_rows
-    from race_work import read_work
+    from races.rows import make_rows
+    from races.work import read_work
 
     ours, plain, _ = dpo
     fallen = {"status": "out of memory", "reason": "too much"}
@@ -175,8 +166,8 @@ def test_nobody_to_agree_with_is_no_speed(dpo, folders) -> None:
 
 
 def test_figures_are_medians_of_rounds_over_timed_steps(dpo, folders) -> None:
-    from race_rows import make_rows
-    from race_work import read_work
+    from races.rows import make_rows
+    from races.work import read_work
 
     ours, plain, _ = dpo
     slow = [dict(dpo[ours][0], seconds=[9.0, s], energy_joules=4.0) for s in (2.0, 1.0, 8.0)]
@@ -192,7 +183,7 @@ def test_figures_are_medians_of_rounds_over_timed_steps(dpo, folders) -> None:
 
 
 def test_ratios_name_the_fastest_rows_and_the_defaults() -> None:
-    from race_rows import ratios
+    from races.rows import ratios
 
     def row(side: str, setting: str, speed: float, status: str = "ok") -> dict[str, Any]:
         name = f"{side} {setting} {speed}"
@@ -219,8 +210,9 @@ def test_ratios_name_the_fastest_rows_and_the_defaults() -> None:
 def test_a_checkpoint_of_nf4_loads_as_it_was_written(tmp_path: Path) -> None:
     import torch
     from bitsandbytes.nn.modules import Linear4bit
-    from race_model import GEOMETRIES, count_weights, write_checkpoint
     from transformers import AutoModelForCausalLM
+
+    from races.model import GEOMETRIES, count_weights, write_checkpoint
 
     folder, toy = tmp_path / "base", GEOMETRIES["toy"]
     count = write_checkpoint(toy, folder, quantization="nf4", seed=1)
@@ -234,9 +226,8 @@ def test_a_checkpoint_of_nf4_loads_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_our_side_plans_what_the_recipe_leaves_open(folders: dict[str, Path]) -> None:
-    from race_plan import settled
-    from race_work import read_work
-
+    from races.plan import settled
+    from races.work import read_work
     from zephyr_lite.data.encoded import EncodedPair
     from zephyr_lite.errors import MachineError
     from zephyr_lite.recipe import Memory
@@ -254,9 +245,8 @@ def test_our_side_plans_what_the_recipe_leaves_open(folders: dict[str, Path]) ->
 
 @pytest.mark.parametrize("task", ["dpo", "sft"])
 def test_the_roofline_is_of_this_work_on_that_card(folders: dict[str, Path], task: str) -> None:
-    from race_plan import least_seconds
-    from race_work import read_work
-
+    from races.plan import least_seconds
+    from races.work import read_work
     from zephyr_lite.plan.gpus import gpu_named
 
     case, work = make_case("ours", task, folders, device="cuda"), read_work(folders[task])
@@ -266,7 +256,7 @@ def test_the_roofline_is_of_this_work_on_that_card(folders: dict[str, Path], tas
 
 
 def test_lengths_are_numbers_within_the_recipes_limits() -> None:
-    from race_lengths import dialogue_lengths, pair_lengths
+    from lengths.real import dialogue_lengths, pair_lengths
 
     prompt, chosen, rejected = np.array(pair_lengths()).T
     assert len(prompt) > 800

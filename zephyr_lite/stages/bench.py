@@ -116,7 +116,7 @@ def _find(file: str) -> Path:
 
 
 def _environment(scripts: Path) -> dict[str, str]:
-    """The process's variables: scripts import each other by plain name, wherever they lie.
+    """The process's variables: scripts name their modules from the folder that they lie in.
 
     An installed copy names its release as its commit. git is kept from the folders above it, where
     the user's own project may lie.

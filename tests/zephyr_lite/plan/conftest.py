@@ -1,4 +1,4 @@
-"""What is planned is held against what benchmarks/plan_rig.py and plan_dry.py measure."""
+"""What is planned is held against what benchmarks/plans/rig.py and plans/dry.py measure."""
 
 from __future__ import annotations
 

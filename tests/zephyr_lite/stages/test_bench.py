@@ -205,5 +205,6 @@ def test_the_wheel_ships_the_scripts_and_no_results(root, tmp_path):
     scripts = {f.relative_to(root).as_posix() for f in (root / "benchmarks").rglob("*.py")}
     assert scripts <= shipped
     assert {script.file for script in bench.SUBJECTS.values()} <= {Path(x).name for x in shipped}
+    assert {"benchmarks/rivals/trl.txt", "benchmarks/lengths/pairs.json"} <= shipped
     assert "recipes/zephyr-7b.yaml" in shipped
     assert not [name for name in shipped if "results" in name or "pycache" in name]

@@ -1,0 +1,1 @@
+"""`ablations.py`: who judges the answers, and the tables and figure made of the rows."""

@@ -1,0 +1,1 @@
+"""`export_cost.py`: the steps it measures."""

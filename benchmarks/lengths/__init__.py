@@ -1,0 +1,1 @@
+"""Lengths of real rows: what random token ids are cut to, in races and on a GPU."""

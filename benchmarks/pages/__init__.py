@@ -1,0 +1,1 @@
+"""`page.py`: a page's sections, words and pictures."""
