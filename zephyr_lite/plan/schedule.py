@@ -30,13 +30,14 @@ HOST_PENALTY = 1.02  # what host memory must buy at least; its copies were never
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cut, its bytes at the peak, and its seconds an optimizer step."""
+    """A cut, its bytes at the peak, and its seconds an optimizer step. layers: of the model."""
 
     cut: Cut
     parts: Parts
     host: HostParts
     step_seconds: float
     micro_batches: float
+    layers: int
 
     @property
     def memory(self) -> dict[str, int | str]:
@@ -50,9 +51,14 @@ class Candidate:
         }
 
     def record(self) -> dict[str, Any]:
-        """As the manifest and `plan --json` have it."""
+        """As the manifest and `plan --json` have it.
+
+        `checkpointing` is what happens: `none` where all layers keep, whatever others would do.
+        """
+        again = {"checkpointing": "none"} if self.cut.keep == self.layers else {}
         return {
             **self.memory,
+            **again,
             "bytes": asdict(self.parts) | {"total": self.parts.total},
             "host_bytes": asdict(self.host),
             "step_seconds_projected": self.step_seconds,
@@ -88,6 +94,7 @@ class Training:
             host(self.geometry, self.setting, cut, works.heaviest),
             once + sum(seconds) / len(seconds),
             sum(map(len, works.steps)) / len(works.steps),
+            self.geometry.layers,
         )
 
     def peak(self, cut: Cut, works: Works) -> Parts:

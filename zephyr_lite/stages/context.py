@@ -42,6 +42,7 @@ class Context:
     stop: Stop
     used: dict[str, Any] = field(default_factory=dict)  # engine, kernels, ... of the last policy
     planned: Memory | None = None  # what a plan made of the recipe's, see `fit.py`
+    plans_said: dict[str, str] = field(default_factory=dict)  # by stage, shared by copies
     _gemm_figures: dict[str, Any] | None = None  # of the probe, once it has run
 
     @property
@@ -140,7 +141,9 @@ class Context:
                 f"attention: this GPU has no flash kernel for {self.dtype}; "
                 "the plain definition computes, slower and in memory quadratic in a row's tokens"
             )
-        self.used = {"engine": self.engine, "kernels": kernels, "attention": policy.attention}
+        # In place: a training's planned copy of the context shares it with the stage's record.
+        self.used.clear()
+        self.used |= {"engine": self.engine, "kernels": kernels, "attention": policy.attention}
         self.used |= {"gemm": gemm, "layers": policy.engine.report()}
         if gemm != "exact":
             self.used["gemm_probe"] = self._probe(policy)

@@ -60,8 +60,19 @@ def fitted(ctx: Context, stage: Stage, lengths: Lengths) -> tuple[Context, dict[
         if memory.budget is not None:
             _cap(budget, ctx.device)
     size = f"{quantities.memory(schedule.chosen.parts.total)} of {quantities.memory(budget)}"
-    ctx.listener.note(f"{stage}: {training.words(schedule.chosen.cut)}; plans with {size}")
+    _say(ctx, stage, training.words(schedule.chosen.cut), f"plans with {size}")
     return own, {"plan": schedule.record()}
+
+
+def _say(ctx: Context, stage: Stage, cut: str, size: str) -> None:
+    """Note a plan, once where the reference pass has planned dDPO's training before it.
+
+    Each of them says it where it runs alone, and dDPO where held-out pairs, which are the reference
+    pass's too, have made another cut.
+    """
+    if ctx.plans_said.get(stage) != cut:
+        ctx.plans_said[stage] = cut
+        ctx.listener.note(f"{stage}: {cut}; {size}")
 
 
 def outcome(ctx: Context, job: Job) -> dict[str, Any]:

@@ -21,8 +21,10 @@ import torch
 from zephyr_lite.data.chat import ChatTokenizer, load_tokenizer
 from zephyr_lite.data.token_store import known_tokens
 from zephyr_lite.errors import DataError, MachineError, RecipeError, StorageError
+from zephyr_lite.model.adapters import CONFIG
 from zephyr_lite.model.base import compute_dtype, find_folder
 from zephyr_lite.model.native import FAMILIES
+from zephyr_lite.model.starting_point import find_start
 from zephyr_lite.plan.checkpoint import Checkpoint, find_checkpoint
 from zephyr_lite.plan.costs import Machine, StagePlan
 from zephyr_lite.plan.disk import disk_bytes
@@ -38,7 +40,7 @@ from zephyr_lite.stages.context import Context
 from zephyr_lite.stages.fit import GB, Stage, does_not_fit
 from zephyr_lite.stages.reference import encoded_pairs
 from zephyr_lite.stages.sft import corpus
-from zephyr_lite.storage import cache_folder
+from zephyr_lite.storage import cache_folder, read_json
 
 
 def run(
@@ -59,7 +61,8 @@ def run(
             hint="give more by --vram, or a smaller memory.reserve; a card keeps 1 to 1.5 GiB",
         )
     checkpoint = find_checkpoint(recipe.base, offline=ctx.run.offline, device=machine.kind)
-    plans = [_planned(ctx, stage, checkpoint, machine) for stage in _stages(recipe)]
+    rank = _rank_or_note(ctx) if recipe.dpo else None
+    plans = [_planned(ctx, stage, checkpoint, machine, rank) for stage in _stages(recipe)]
     if not plans:
         raise RecipeError(f"recipe {recipe.name} trains nothing: there is nothing to plan")
     if measure:
@@ -83,7 +86,8 @@ def check_inputs(ctx: Context) -> None:
     """Refuse a run whose trainings do not all fit, before the first one begins.
 
     By estimates where data is not tokenised yet; each training plans again by its own lengths. What
-    cannot be known beforehand (a base or data that is not here yet) is left to that.
+    cannot be known beforehand (a base, data or an adapter to start from that is not here yet) is
+    left to that.
     Raises: MachineError (exit 3) with what would fit.
     """
     recipe = ctx.recipe
@@ -96,7 +100,8 @@ def check_inputs(ctx: Context) -> None:
             continue
         try:
             checkpoint = find_checkpoint(recipe.base, offline=True, device=kind)
-            plan = _planned(ctx, stage, checkpoint, machine)
+            rank = _start_rank(recipe) if stage == "dpo" else None
+            plan = _planned(ctx, stage, checkpoint, machine, rank)
         except (DataError, MachineError, RecipeError, StorageError):
             continue
         if plan.schedule.chosen is None and checkpoint.geometry.family in FAMILIES:
@@ -151,11 +156,47 @@ def _stages(recipe: Recipe) -> Iterator[Stage]:
         yield "dpo"
 
 
-def _planned(ctx: Context, stage: Stage, checkpoint: Checkpoint, machine: Machine) -> StagePlan:
+def _start_rank(recipe: Recipe) -> int | None:
+    """Rank of the SFT adapter that `sft.from` names, 0 for a model; None: dSFT trains the recipe's.
+
+    Nothing is downloaded for it.
+    Raises: as `find_start`, where that is not here or is refused, as one with a rank_pattern is.
+    """
+    start = recipe.sft.start if recipe.sft else None
+    if start is None:
+        return None
+    found = find_start(start, offline=True)
+    if found.kind == "model":
+        return 0
+    rank = read_json(found.folder / CONFIG)["r"]
+    if not isinstance(rank, int) or rank < 1:
+        raise RecipeError(f"{found.key}: r in its {CONFIG} is {rank!r}, not a rank")
+    return rank
+
+
+def _rank_or_note(ctx: Context) -> int | None:
+    """The same; None, and that is said, where the file cannot be read and the recipe's must do."""
+    sft = ctx.recipe.sft
+    try:
+        return _start_rank(ctx.recipe)
+    except MachineError:
+        reason = f"sft.from: {sft.start if sft else None} is not on this machine"
+    except (DataError, RecipeError, StorageError) as error:
+        reason = str(error)
+    rank = sft.lora.r if sft else 0
+    ctx.listener.note(f"{reason}; its rank is taken to be the recipe's, sft.lora.r={rank}")
+    return None
+
+
+def _planned(
+    ctx: Context, stage: Stage, checkpoint: Checkpoint, machine: Machine, sft_rank: int | None
+) -> StagePlan:
+    """Args: sft_rank: of the adapter under dDPO's; None: the recipe's."""
     recipe = ctx.recipe
     lengths = _known_lengths(ctx, stage) or estimate(recipe, stage)
     dtype = compute_dtype(recipe.base, torch.device(machine.kind))
-    setting = setting_of(recipe, stage, machine.kind, 4 if dtype == torch.float32 else 2)
+    element: Literal[2, 4] = 4 if dtype == torch.float32 else 2
+    setting = setting_of(recipe, stage, machine.kind, element, sft_rank)
     order = order_of(recipe, stage, lengths.n_examples)
     training = Training(checkpoint.geometry, setting, lengths, order, machine.rates)
     return StagePlan(stage, training, choose(training, machine.budget, recipe.memory))

@@ -22,6 +22,7 @@ from zephyr_lite.plan.work import Work
 from zephyr_lite.recipe import Lora
 from zephyr_lite.report import quantities
 from zephyr_lite.stages.context import Context
+from zephyr_lite.train.fitting import is_out_of_memory
 from zephyr_lite.train.masters import make_masters
 
 STEPS = 2
@@ -39,7 +40,9 @@ def run(ctx: Context, training: Training, candidate: Candidate) -> tuple[float, 
     own.planned = ctx.recipe.memory.model_copy(update=candidate.memory)
     try:
         seconds, peak = _steps(own, training, candidate, works.heaviest)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         text = str(error).splitlines()[0]
         raise MachineError(
             f"{training.setting.stage}: the planned cut ran out of memory: {text}",

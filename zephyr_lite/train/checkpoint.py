@@ -1,10 +1,11 @@
 """Checkpoints: everything a training needs to go on as if it had never stopped.
 
-Weights, optimizer state, position, and the best weights so far where those are kept: in the same
-folder, so that whichever checkpoint a training goes back to, its best is of its own past. No random
-state: dropout is seeded from (seed, step, micro-batch), data order is a function of (seed, epoch,
-position). Sealed folders of safetensors and JSON; nothing is ever unpickled. A damaged checkpoint
-is reported and the one before it used.
+Weights, optimizer state, position, what was given up for memory (`fitting.Fitting.state`), and the
+best weights so far where those are kept: in the same folder, so that whichever checkpoint a
+training goes back to, its best is of its own past. No random state: dropout is seeded from (seed,
+step, micro-batch), data order is a function of (seed, epoch, position). Sealed folders of
+safetensors and JSON; nothing is ever unpickled. A damaged checkpoint is reported and the one before
+it used.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
     a notch     where memory runs out all the same, the whole step is done again with less of it
 
 A notch changes how the work is cut, never what is computed; see `PolicyLadder` for which there are.
+Checkpoints keep how far down a training stands, and one that is resumed begins there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -28,15 +29,45 @@ ROUNDED = "results are the same but for rounding"
 # bitsandbytes: smaller tensors have fp32 states; states share a scale by blocks; smaller than this
 # they are not paged.
 LEAST_8BIT, BLOCK, LEAST_PAGED = 4096, 256, 100_000
+# How a GPU says it where torch's allocator was not asked: cuBLAS for its workspace, the driver for
+# what a kernel needs beside its arguments. In all of them an allocation was refused and nothing was
+# begun, so the context lives. Any other CUDA error (an illegal address, a failed assert) is sticky:
+# every later call fails by it, and to do a step again would only hide where it began.
+REFUSED = (
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "cudaErrorMemoryAllocation",
+    "Triton Error [CUDA]: out of memory",
+)  # fmt: skip
 
 Result = TypeVar("Result")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says by an error that a device's memory is full, and the device works on.
+
+    Beside its own class torch has plain RuntimeErrors (cuBLAS) and AcceleratorErrors (the driver,
+    also at a kernel's launch), which bear other news too: they are told by their text, `REFUSED`.
+    What is derived from these classes is not looked at: errors of ours may quote such a text.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    told = type(error) in (RuntimeError, torch.AcceleratorError)
+    return told and any(text in str(error) for text in REFUSED)
+
+
 class Ladder(Protocol):
-    """What can be given up for memory, step by step."""
+    """What can be given up for memory, step by step.
+
+    levels: where the last notch of each kind led, for a checkpoint.
+    """
+
+    levels: dict[str, Any]
 
     def down(self) -> str | None:
         """Give up the next thing; what that was, in words, or None when there is none left."""
+        ...
+
+    def down_to(self, levels: dict[str, Any]) -> list[str]:
+        """Stand no higher than another ladder's levels; what was given up for it, in words."""
         ...
 
 
@@ -55,42 +86,66 @@ class PolicyLadder:
 
     policy: Policy
     objective: Objective
+    levels: dict[str, Any] = field(default_factory=dict)
 
     def down(self) -> str | None:
         """See `Ladder.down`."""
-        notches = (self._keep_layers, self._offload, self._head_rows, self._tokens)
-        found = (notch() for notch in notches)
+        found = (notch(None) for notch in self._notches().values())
         return next((words for words in found if words is not None), None)
 
-    def _keep_layers(self) -> str | None:
+    def down_to(self, levels: dict[str, Any]) -> list[str]:
+        """See `Ladder.down_to`."""
+        found = [n(levels[name]) for name, n in self._notches().items() if name in levels]
+        self.levels = levels | self.levels  # what stood lower already was not touched
+        return [words for words in found if words is not None]
+
+    def _notches(self) -> dict[str, Callable[[Any], str | None]]:
+        """Each kind by its name; it goes down by one, or to the level that it is given."""
+        return {
+            "keep_layers": self._keep_layers,
+            "checkpointing": self._offload,
+            "head_rows": self._head_rows,
+            "tokens": self._tokens,
+        }
+
+    def _keep_layers(self, level: int | None) -> str | None:
         engine = self.policy.engine
-        if not isinstance(engine, NativeEngine) or engine.keep == 0:
+        if not isinstance(engine, NativeEngine):
             return None
         before, notch = engine.keep, max(1, len(engine.layers) // 8)
-        engine.keep = max(0, before - notch)
-        return f"fewer layers keep their activations ({before} -> {engine.keep})"
+        after = max(0, before - notch) if level is None else min(before, level)
+        if after == before:
+            return None
+        engine.keep = self.levels["keep_layers"] = after
+        return f"fewer layers keep their activations ({before} -> {after})"
 
-    def _offload(self) -> str | None:
+    def _offload(self, _: str | None) -> str | None:
         engine = self.policy.engine
         if not isinstance(engine, NativeEngine) or engine.rest != "lean":
             return None
         if self.policy.device.type == "cpu":  # whose memory is the host's
             return None
-        engine.rest = "offload"
+        engine.rest = self.levels["checkpointing"] = "offload"
         return "inputs of the layers wait in host memory (lean -> offload)"
 
-    def _head_rows(self) -> str | None:
+    def _head_rows(self, level: int | None) -> str | None:
         before = self.policy.chunk_rows
         if before <= FEWEST_HEAD_ROWS or self.policy.head_VD.requires_grad:  # then it is not cut
             return None
-        self.policy.chunk_rows = max(FEWEST_HEAD_ROWS, before // 2)
-        return f"fewer rows of logits at once ({before} -> {self.policy.chunk_rows}); {ROUNDED}"
+        after = max(FEWEST_HEAD_ROWS, before // 2) if level is None else min(before, level)
+        if after == before:
+            return None
+        self.policy.chunk_rows = self.levels["head_rows"] = after
+        return f"fewer rows of logits at once ({before} -> {after}); {ROUNDED}"
 
-    def _tokens(self) -> str | None:
+    def _tokens(self, level: int | None) -> str | None:
         before, longest = self.objective.tokens_per_micro_batch, self.objective.longest
         if before <= longest:
             return None
-        after = self.objective.tokens_per_micro_batch = max(longest, before // 2)
+        after = max(longest, before // 2) if level is None else min(before, level)
+        if after == before:
+            return None
+        self.objective.tokens_per_micro_batch = self.levels["tokens"] = after
         return f"smaller micro-batches ({before} -> {after} tokens); {ROUNDED} and dropout's draw"
 
 
@@ -120,7 +175,9 @@ class Fitting:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 reason = _first_line(error)
             # Outside of the block, for the error held every tensor of the frames it went through.
             self._clear()
@@ -135,6 +192,25 @@ class Fitting:
                 )
             self.notches.append(words)
             self.note(f"{self.label}: out of memory {where}; {words}")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps for `resume`: nothing where nothing was given up."""
+        if not self.notches:
+            return {}
+        return {"notches": {"words": self.notches, "levels": self.ladder.levels}}
+
+    def resume(self, meta: dict[str, Any]) -> None:
+        """Stand as far down as a checkpoint's training did; say what was given up for it.
+
+        Args: meta: of a checkpoint; those of earlier versions have no notches.
+        """
+        stored = meta.get("notches")
+        if stored is None:
+            return
+        self.notches[:] = stored["words"]
+        if found := self.ladder.down_to(stored["levels"]):
+            words = "; ".join(found)
+            self.note(f"{self.label}: resumed as it stood after memory had run out: {words}")
 
     def rehearse(self, work: Callable[[], object], states: int) -> None:
         """Do work as `run` does it, before there are optimizer states, and clear its gradients.
@@ -164,7 +240,9 @@ class Fitting:
         """
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise MachineError(
                 f"{self.label}: out of memory in the optimizer {where}: {_first_line(error)}",
                 hint="set optimizer=adamw_8bit, or memory.optimizer=host under adamw, or lower "

@@ -60,7 +60,8 @@ class Job:
         the last step's.
     masters: where fp32 masters and optimizer states live.
     rehearses: whether the longest micro-batch is tried before the first step.
-    notches: what was given up because memory ran out, in words; see `fitting.PolicyLadder`.
+    notches: what was given up because memory ran out, in words, before a checkpoint that this goes
+        on from too; see `fitting.PolicyLadder`.
     """
 
     label: str
@@ -94,6 +95,7 @@ class Job:
         self._seconds = meta["seconds"]
         self._warn_about_threads(meta)
         fitting = self._fitting(parameters)
+        fitting.resume(meta)
         if self.rehearses and done < order.total_steps:
             self._rehearse(order, masters, fitting)
         log = MetricsLog(self.folder / "metrics.jsonl", done)
@@ -120,7 +122,7 @@ class Job:
                         or self.stop.requested
                         or self._every(self.settings.checkpoint_every, finished)
                     ):
-                        checkpoints.save(finished, *state, self._meta(), best)
+                        checkpoints.save(finished, *state, self._meta(fitting), best)
                         last_save = time.monotonic()
                     self.stop.check(f"{self.label} stopped after step {finished}; state is saved")
             masters.release()  # what is measured now is what is kept
@@ -226,8 +228,9 @@ class Job:
             "last checkpoint is kept",
         )
 
-    def _meta(self) -> dict[str, Any]:
-        return {"seconds": self._seconds, "threads": torch.get_num_threads()}
+    def _meta(self, fitting: Fitting) -> dict[str, Any]:
+        threads = torch.get_num_threads()
+        return {"seconds": self._seconds, "threads": threads, **fitting.state()}
 
     def _warn_about_threads(self, meta: dict[str, Any]) -> None:
         threads = meta.get("threads")

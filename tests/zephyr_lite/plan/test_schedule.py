@@ -117,9 +117,25 @@ def test_what_the_recipe_fixes_stays():
     }
     everything = choose(found, budget, Memory(checkpointing="none")).chosen
     assert everything is not None and everything.cut.keep == 32
+    assert chosen.record()["checkpointing"] == "full"
     assert choose(found, int(8 * GIB), Memory(checkpointing="none")).chosen is None
     outside = choose(found, budget, Memory(checkpointing="offload")).chosen
     assert outside is not None and (outside.cut.rest, outside.cut.keep) == ("offload", 0)
+
+
+@pytest.mark.parametrize("asked", ["auto", "none", "full", "offload"])
+def test_where_all_layers_keep_the_record_says_that_nothing_is_computed_again(asked):
+    """The engine is asked for the cut as before: what the rest does matters to a notch down."""
+    keep = {"keep_layers": 32} if asked in ("full", "offload") else {}
+    memory = Memory.model_validate({"checkpointing": asked, **keep})
+    chosen = choose(training("sft"), int(22.5 * GIB), memory).chosen
+    assert chosen is not None and chosen.cut.keep == 32
+    record = chosen.record()
+    assert (record["checkpointing"], record["keep_layers"]) == ("none", 32)
+    assert chosen.memory["checkpointing"] == ("offload" if asked == "offload" else "full")
+    tight = choose(training("sft"), int(8.0 * GIB), AUTO).chosen
+    assert tight is not None and tight.cut.keep < 32
+    assert tight.record()["checkpointing"] in ("full", "offload")
 
 
 def test_states_go_to_the_host_only_where_they_must_and_may():

@@ -26,7 +26,7 @@ PARTS = Parts(
     slack=GIB // 2,
     may_leave=0,
 )
-CHOSEN = Candidate(Cut(4096, 32), PARTS, HostParts(0, 0), 4.0, 3.0)
+CHOSEN = Candidate(Cut(4096, 32), PARTS, HostParts(0, 0), 4.0, 3.0, 32)
 WORDS = (
     "4096 tokens a micro-batch, 30 of 32 layers keep activations, the others wait in host memory"
 )

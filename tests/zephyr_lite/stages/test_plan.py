@@ -99,6 +99,67 @@ def test_another_engine_is_not_planned_and_that_is_said(plan):
     assert "it takes more" not in plan("zephyr-7b", "--gpu", "3090", "--json")[1]
 
 
+# ---------------------------------------------------------------- the adapter under dDPO's
+
+START = ("--gpu", "4090", "--json", "--set")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path):
+    """`adapter(r=, ...)`: a folder as PEFT saves one; a plan reads nothing of its weights."""
+
+    def make(**fields: Any) -> Path:
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        config = {"peft_type": "LORA", "lora_alpha": 8, "target_modules": ["q_proj"], **fields}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        return folder
+
+    return make
+
+
+def dpo_bytes(plan: Any, *words: str) -> tuple[dict[str, int], str]:
+    """Bytes of dDPO by part, and all that was said."""
+    status, text = plan("zephyr-7b", *START, *words)
+    assert status == 0, text
+    return figures(text)["stages"]["dpo"]["chosen"]["bytes"], text
+
+
+def test_an_adapter_to_start_from_is_counted_by_its_own_rank(plan, adapter):
+    recipes, text = dpo_bytes(plan, "sft.lora.r=64")
+    assert "rank" not in text
+    taken, text = dpo_bytes(plan, f"sft.from={adapter(r=64)}")
+    assert taken == recipes
+    assert taken["adapters"] > dpo_bytes(plan, "sft.lora.r=16")[0]["adapters"]
+    assert "rank" not in text
+
+
+def test_a_model_to_start_from_has_no_adapter_beside_it(plan, tiny_mistral):
+    without = dpo_bytes(plan, "sft=null")[0]
+    assert dpo_bytes(plan, f"sft.from={tiny_mistral}")[0] == without
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"r": 4, "rank_pattern": {"q_proj": 64}}, "rank_pattern is not supported"),
+        ({"r": "many"}, "is 'many', not a rank"),
+        (None, "somebody/zephyr-sft is not on this machine"),
+    ],
+    ids=["a pattern of ranks", "no rank", "on the hub"],
+)
+def test_where_its_rank_cannot_be_read_the_recipes_is_taken_and_that_is_said(
+    plan, adapter, fields, said
+):
+    name = "somebody/zephyr-sft" if fields is None else adapter(**fields)
+    taken, text = dpo_bytes(plan, f"sft.from={name}")
+    assert taken == dpo_bytes(plan, "sft.lora.r=16")[0]
+    (line,) = [line for line in text.splitlines() if "sft.lora.r=16" in line]
+    assert said in line and line.count("sft.from") == 1
+    assert line.endswith("its rank is taken to be the recipe's, sft.lora.r=16")
+
+
 # ---------------------------------------------------------------- trainings on a CPU, by plan
 
 AUTO = ("--set", "memory.tokens_per_micro_batch=auto", "--set", "memory.checkpointing=auto")
@@ -130,7 +191,8 @@ def test_a_training_stays_inside_its_plan_and_ends_in_the_same_bytes(
     for name, words in (("roomy", ("--set", "memory.budget=1GB")), ("tight", budget)):
         status, text = trained(command, micro, tmp_path / "home", runs[name], *AUTO, *words)
         assert status == 0, text
-        assert "layers keep activations" in text and "plans with" in text
+        said = [line for line in text.splitlines() if "layers keep activations" in line]
+        assert len(said) == 2 and all("plans with" in line for line in said), said
     stages = json.loads((runs["tight"] / "manifest.json").read_text())["stages"]
     kept = {name: stages[name]["plan"]["chosen"]["keep_layers"] for name in ("sft", "dpo")}
     assert min(kept.values()) < 2
@@ -138,6 +200,10 @@ def test_a_training_stays_inside_its_plan_and_ends_in_the_same_bytes(
         plan_of = stages[name]["plan"]
         assert plan_of["chosen"]["bytes"]["total"] <= plan_of["budget_bytes"]
         assert "notches" not in stages[name]
+        machine = stages[name]["machine"]
+        assert (machine["engine"], machine["kernels"]) == ("native", "torch"), "of the copy, too"
+        again = plan_of["chosen"]["checkpointing"]
+        assert (again == "none") == (kept[name] == 2) and again in ("none", "full", "offload")
     same = [
         json.loads((run / "manifest.json").read_text())["stages"]["sft"]["plan"]["chosen"][
             "tokens_per_micro_batch"
@@ -157,6 +223,7 @@ def test_what_cannot_fit_is_refused_before_a_step(command, micro, tmp_path):
     status, text = trained(command, micro, tmp_path / "home", tmp_path / "run", *words)
     assert status == 3, text
     assert "sft takes at least" in text
+    assert "plans with" not in text
     assert not (tmp_path / "run" / "sft" / "metrics.jsonl").exists()
 
 
@@ -169,6 +236,16 @@ def test_a_run_is_refused_for_its_last_training_before_the_first_begins(command,
     assert status == 3, text
     assert "dpo takes at least" in text and "dpo.lora.r=" in text
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_run_is_refused_for_the_adapter_that_it_starts_from(command, micro, adapter, tmp_path):
+    """By its own rank, before a base is made; the recipe's rank has no say either way."""
+    words = (*AUTO, "--set", "memory.budget=4MiB", "--set", f"sft.from={adapter(r=512)}")
+    words = ("run", micro, "--run", str(tmp_path / "run"), *words, "--set", "data.dialogues=null")
+    status, text = command.run(*words, home=tmp_path / "home")
+    assert status == 3, text
+    assert "dpo takes at least" in text
+    assert not (tmp_path / "run" / "reference").exists()
 
 
 REAL = """

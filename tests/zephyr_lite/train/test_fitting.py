@@ -5,6 +5,7 @@ Memory is real here: a budget sees every storage that is made, and raises as a G
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from zephyr_lite.errors import MachineError, Stopped
 from zephyr_lite.model.engines import make_engine
-from zephyr_lite.train.fitting import PolicyLadder
+from zephyr_lite.storage import seal
+from zephyr_lite.train.fitting import PolicyLadder, is_out_of_memory
 from zephyr_lite.train.loop import Job
 
 
@@ -154,11 +156,67 @@ def test_stopped_after_a_notch_and_resumed_is_uninterrupted(
     stopped.rehearses = resumed.rehearses = True
     with allowed(cap), stopped.stop.installed(), pytest.raises(Stopped):
         stopped.run()
-    with allowed(cap):
+    with allowed(cap) as budget:
         resumed.run()
-    assert stopped.notches and resumed.notches
+    assert budget.refusals == 0, "it does not run out of memory again"
+    assert stopped.notches and resumed.notches == stopped.notches
+    assert resumed.policy.engine.keep == stopped.policy.engine.keep
+    (note,) = resumed.listener.notes
+    words = f"fewer layers keep their activations (4 -> {stopped.policy.engine.keep})"
+    assert note == f"sft: resumed as it stood after memory had run out: {words}"
     assert weights(resumed) == weights(whole)
+    assert newest(resumed) == newest(whole)
     assert lines(resumed) == lines(whole)
+
+
+def test_resumed_after_smaller_micro_batches_it_is_the_uninterrupted_one(
+    before_micro_batch, allowed, peak, sft_job, watcher, tmp_path
+) -> None:
+    """These notches round otherwise: from the plan again, a resumed training had other bits."""
+    options = {"epochs": 3, "warmup_ratio": 0}
+    small = peak(sft_job(tmp_path / "small", tokens=80, max_steps=2), 0)
+    large = peak(sft_job(tmp_path / "large", max_steps=2), 0)
+
+    def shrink() -> None:
+        budget.cap = (small + large) / 2
+
+    found = {}
+    for name, listener in (("whole", watcher()), ("cut", watcher(signal_at=(4, signal.SIGTERM)))):
+        found[name] = job = sft_job(tmp_path / name, listener, **options)
+        job.policy.engine.keep = 0
+        before_micro_batch(job, 3, shrink)
+        with allowed() as budget, job.stop.installed():
+            if name == "whole":
+                job.run()
+            else:
+                with pytest.raises(Stopped):
+                    job.run()
+    again = sft_job(tmp_path / "cut", **options)
+    again.policy.engine.keep = 0
+    again.run()
+    assert again.objective.tokens_per_micro_batch < 4096
+    assert again.notches == found["whole"].notches == found["cut"].notches
+    assert weights(again) == weights(found["whole"])
+    assert lines(again) == lines(found["whole"])
+
+
+def test_a_checkpoint_that_knows_no_notches_resumes_by_the_plan(sft_job, watcher, tmp_path) -> None:
+    """As versions before this one sealed them; and as one that gave nothing up does."""
+    options = {"epochs": 3, "checkpoint_every": 1}
+    stopped = sft_job(tmp_path, watcher(signal_at=(3, signal.SIGTERM)), **options)
+    stopped.notches.append("a layer")
+    with pytest.raises(Stopped), stopped.stop.installed():
+        stopped.run()
+    folder = tmp_path / "checkpoints" / "step-0000003"
+    meta = json.loads((folder / "MANIFEST.json").read_text())["meta"]
+    assert meta.pop("notches") == {"words": ["a layer"], "levels": {}}
+    seal(folder, meta)
+    resumed = sft_job(tmp_path, seen := watcher(), **options)
+    resumed.run()
+    assert (seen.done, seen.notes, resumed.notches) == (3, [], [])
+    assert resumed.policy.engine.keep == 4
+    (newer,) = (tmp_path / "checkpoints").glob("step-*6")
+    assert "notches" not in json.loads((newer / "MANIFEST.json").read_text())["meta"]
 
 
 # ---------------------------------------------------------------- nothing left to give up
@@ -260,3 +318,98 @@ def test_a_head_that_trains_is_not_cut(sft_job, tmp_path) -> None:
     job.policy.engine.keep, job.policy.chunk_rows = 0, 128
     job.policy.head_VD = torch.nn.Parameter(job.policy.head_VD)
     assert to_the_ground(PolicyLadder(job.policy, job.objective)) == []
+
+
+def test_a_ladder_goes_down_to_where_another_stands(sft_job, tmp_path) -> None:
+    """Never up: a plan that gives less already stays, and what was not given up is not touched."""
+    first, again = (sft_job(tmp_path / name, tokens=100) for name in ("first", "again"))
+    for job, keep, rows in ((first, 1, 200), (again, 3, 120)):
+        job.policy.engine.keep, job.policy.chunk_rows = keep, rows
+    ladder = PolicyLadder(first.policy, first.objective)
+    assert [ladder.down() is None for _ in range(2)] == [False, False]
+    assert ladder.levels == {"keep_layers": 0, "head_rows": 100}
+    lower = PolicyLadder(again.policy, again.objective)
+    again.policy.chunk_rows = 80
+    assert lower.down_to(ladder.levels) == ["fewer layers keep their activations (3 -> 0)"]
+    assert (again.policy.engine.keep, again.policy.chunk_rows) == (0, 80)
+    assert again.objective.tokens_per_micro_batch == 100
+    assert lower.levels == ladder.levels, "and so it is said to the next checkpoint"
+
+
+# ---------------------------------------------------------------- what running out looks like
+
+AT_A_LAUNCH = (
+    "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/"
+    "cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.\nCUDA kernel errors "
+    "might be asynchronously reported at some other API call"
+)
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError(AT_A_LAUNCH),
+        torch.AcceleratorError("cudaErrorMemoryAllocation"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError(CUBLAS),
+    ],
+    ids=["torch's own", "at a launch", "by its name", "by its text", "cuBLAS"],
+)
+def test_a_step_is_done_again_whatever_says_that_memory_ran_out(
+    before_micro_batch, error, sft_job, watcher, tmp_path
+) -> None:
+    whole, job = sft_job(tmp_path / "whole"), sft_job(tmp_path / "cut", seen := watcher())
+    whole.run()
+
+    def fail() -> None:
+        raise error
+
+    before_micro_batch(job, 2, fail)
+    job.run()
+    (notch,) = job.notches
+    assert seen.notes == [f"sft: out of memory at step 2; {notch}"]
+    assert weights(job) == weights(whole)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("out of memory"),
+        RuntimeError("The size of tensor a (4) must match the size of tensor b (5)"),
+        MachineError(f"another part said: {CUBLAS}"),
+        ValueError(CUBLAS),
+    ],
+    ids=["illegal access", "cuBLAS otherwise", "no GPU's", "shapes", "ours", "another class"],
+)
+def test_no_other_error_is_taken_for_it(before_micro_batch, error, sft_job, tmp_path) -> None:
+    assert not is_out_of_memory(error)
+    job = sft_job(tmp_path)
+
+    def fail() -> None:
+        raise error
+
+    before_micro_batch(job, 2, fail)
+    with pytest.raises(type(error)) as caught:
+        job.run()
+    assert caught.value is error
+    assert job.notches == []
+
+
+def test_an_update_that_a_launch_had_no_memory_for_is_not_done_again(sft_job, tmp_path) -> None:
+    job = sft_job(tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise torch.AcceleratorError(AT_A_LAUNCH)
+
+    handle = register_optimizer_step_pre_hook(fail)
+    try:
+        with pytest.raises(MachineError) as caught:
+            job.run()
+    finally:
+        handle.remove()
+    message = "sft: out of memory in the optimizer at step 1: CUDA error: out of memory"
+    assert str(caught.value) == message and job.notches == []
