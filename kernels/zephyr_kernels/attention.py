@@ -68,7 +68,7 @@ class Plan:
     """What to call, decided once per layout for all layers.
 
     spans: (q_start, k_start, length) of segments that go alone. contexts: (q_start, q_len, c_start,
-    c_len). varlen: what one variable-length call needs; None on a CPU.
+    c_len). varlen: what one variable-length call needs, on a GPU in place of spans and batches.
     """
 
     n_queries: int
@@ -81,13 +81,13 @@ class Plan:
 
     def seen(self, device: torch.device) -> torch.Tensor:
         """Who sees whom: bool [U, T], the whole rule in one mask."""
-        seen_UT = torch.zeros(self.n_queries, self.n_keys, dtype=torch.bool)
+        seen_UT = torch.zeros(self.n_queries, self.n_keys, dtype=torch.bool, device=device)
         for s in self.segments:
             rows = slice(s.q_start, s.q_start + s.q_len)
-            own = torch.ones(s.q_len, s.lead + s.q_len, dtype=torch.bool).tril(s.lead)
-            seen_UT[rows, s.k_start : s.k_start + s.lead + s.q_len] = own
+            own = torch.ones(s.q_len, s.lead + s.q_len, dtype=torch.bool, device=device)
+            seen_UT[rows, s.k_start : s.k_start + s.lead + s.q_len] = own.tril(s.lead)
             seen_UT[rows, s.c_start : s.c_start + s.c_len] = True
-        return seen_UT.to(device)
+        return seen_UT
 
 
 def make_plan(
@@ -97,18 +97,7 @@ def make_plan(
     contexts = [(s.q_start, s.q_len, s.c_start, s.c_len) for s in segments if s.c_len]
     # Keys before the first query are seen by every query of the segment: a context like any other.
     contexts += [(s.q_start, s.q_len, s.k_start, s.lead) for s in segments if s.lead]
-    own = [(s.q_start, s.k_start + s.lead, s.q_len) for s in segments]
-    groups: dict[int, list[tuple[int, int, int]]] = {}
-    for span in own:
-        width = -(-span[2] // LENGTH_STEP) * LENGTH_STEP
-        groups.setdefault(width if width <= SHORT else -1, []).append(span)
-    spans = groups.pop(-1, [])
-    batches = []
-    for width, members in sorted(groups.items()):
-        if len(members) == 1:
-            spans += members
-        else:
-            batches.append(_batch(members, width, device))
+    spans, batches = ([], []) if device.type == "cuda" else _calls(segments, device)
     return Plan(
         n_queries,
         n_keys,
@@ -120,7 +109,26 @@ def make_plan(
     )
 
 
-def _batch(members: list[tuple[int, int, int]], width: int, device: torch.device) -> Batch:
+Span = tuple[int, int, int]
+
+
+def _calls(segments: Sequence[Segment], device: torch.device) -> tuple[list[Span], list[Batch]]:
+    """A CPU's: segments that go alone, and short ones that share a call."""
+    groups: dict[int, list[Span]] = {}
+    for s in segments:
+        width = -(-s.q_len // LENGTH_STEP) * LENGTH_STEP
+        span = (s.q_start, s.k_start + s.lead, s.q_len)
+        groups.setdefault(width if width <= SHORT else -1, []).append(span)
+    spans, batches = groups.pop(-1, []), []
+    for width, members in sorted(groups.items()):
+        if len(members) == 1:
+            spans += members
+        else:
+            batches.append(_batch(members, width, device))
+    return spans, batches
+
+
+def _batch(members: list[Span], width: int, device: torch.device) -> Batch:
     q_start, k_start, length = (torch.tensor(x)[:, None] for x in zip(*members, strict=True))
     slot = torch.arange(width)[None]
     inside = torch.minimum(slot, length - 1)

@@ -21,9 +21,9 @@ Bytes moved a row beside the two products, V = 32000: the Triton kernel reads th
 and writes the excess in bf16, 320 kB (128 kB in the reference pass). The products are 4 V D
 floating-point operations, the least for an exact gradient.
 
-One program a row, BLOCK_V = 4096: an online maximum and sum, then the same row again, mostly from
-the cache, for the excess. No atomics and one order of summation: the same input gives the
-same bits.
+One program a row, BLOCK_V = 4096: an online maximum and sum; then, by another kernel, the same row
+again for the excess. No atomics and one order of summation, in training as in the reference pass:
+the same input gives the same bits.
 
 Source: the chunking is that of Liger (arXiv 2410.10989), the deferred scale our own.
 Reference: `reference.linear_log_probs`, `.logits_of`, `.log_probs_of_logits_`.
@@ -208,25 +208,35 @@ def _triton_chunk(
     softcap: float | None,
     grad_CD: torch.Tensor | None,
 ) -> torch.Tensor:
-    from zephyr_kernels._linear_logprob_triton import row_log_prob_kernel
+    from zephyr_kernels._linear_logprob_triton import excess_kernel, row_log_prob_kernel
 
-    rows, vocab = logits_CV.shape
-    logp_C = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
-    excess_CV = logits_CV
-    if grad_CD is not None and weight_VD.dtype != logits_CV.dtype:
-        excess_CV = torch.empty_like(logits_CV, dtype=weight_VD.dtype)
+    (rows, vocab), target_C = logits_CV.shape, target_C.contiguous()
+    logp_C = logits_CV.new_empty(rows)
+    sums_C3 = logits_CV.new_empty(rows, 3)
+    shape = {
+        "VOCAB": vocab,
+        "HAS_SOFTCAP": softcap is not None,
+        "BLOCK_V": min(4096, max(16, 1 << (vocab - 1).bit_length())),
+        "num_warps": 8,
+    }
     launch(
         row_log_prob_kernel, (rows,),
-        logits_CV, target_C.contiguous(), logp_C, excess_CV,
-        logits_CV.stride(0), excess_CV.stride(0), softcap or 1.0,
-        VOCAB=vocab, HAS_SOFTCAP=softcap is not None, HAS_EXCESS=grad_CD is not None,
-        BLOCK_V=min(4096, max(16, 1 << (vocab - 1).bit_length())), num_warps=8,
+        logits_CV, target_C, logp_C, sums_C3, logits_CV.stride(0), softcap or 1.0, **shape,
     )  # fmt: skip
-    if grad_CD is not None:
-        if weight_VD.dtype == grad_CD.dtype:
-            torch.mm(excess_CV, weight_VD, out=grad_CD)
-        else:
-            grad_CD.copy_(excess_CV @ weight_VD)
+    if grad_CD is None:
+        return logp_C
+    excess_CV = logits_CV
+    if weight_VD.dtype != logits_CV.dtype:
+        excess_CV = torch.empty_like(logits_CV, dtype=weight_VD.dtype)
+    launch(
+        excess_kernel, (rows,),
+        logits_CV, target_C, sums_C3, excess_CV,
+        logits_CV.stride(0), excess_CV.stride(0), softcap or 1.0, **shape,
+    )  # fmt: skip
+    if weight_VD.dtype == grad_CD.dtype:
+        torch.mm(excess_CV, weight_VD, out=grad_CD)
+    else:
+        grad_CD.copy_(excess_CV @ weight_VD)
     return logp_C
 
 

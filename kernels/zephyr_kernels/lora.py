@@ -5,7 +5,8 @@
 The scale alpha / r is folded into B by the caller. Adapters of one input are stacked as rows of A,
 frozen ones beside trainable ones; a *span* of rows has a dropout of its own, whose mask is a
 function of (seed, element), made again where it is needed and stored nowhere. Without spans all is
-cuBLAS, and `linear` takes augmented K, [X | S] [W | B]', when the operands lie so: no pass over Y.
+cuBLAS, and takes augmented K when the operands lie so, with no pass over Y or dX of its own:
+`linear` [X | S] [W | B]', `linear_backward` [dY | dS] [W ; A].
 
 Shapes: T tokens, I input and N output features, R rank. Rows are contiguous, at any distance.
 
@@ -13,7 +14,7 @@ Bytes moved a token, of b bytes an element (b = 2 in bf16), beside operands of r
     shrink            b I              all masks from one read of X; torch: 3 b I a span
     rank_backward     b N + R N / 16   dS and dB from one read of dY; cuBLAS: 2 b N
     a_backward        b I + R I / 64   all masks from one read of X
-    input_backward_   2 b I            one pass over dX for all spans
+    input_backward_   2 b I            one pass over dX for all spans; augmented: none
 Partial sums are added in a fixed order, without atomics: the same input gives the same bits.
 
 Source: Hu et al., arXiv 2106.09685; cut at the rank as in LoRAFusion (arXiv 2510.00206), without
@@ -33,7 +34,10 @@ from zephyr_kernels.launch import launch
 from zephyr_kernels.reference import Dropout, Span
 from zephyr_kernels.rows import row_strides
 
-__all__ = ["Dropout", "Span", "a_backward", "input_backward_", "linear", "rank_backward", "shrink"]
+__all__ = [
+    "Dropout", "Span", "a_backward", "input_backward_", "linear", "linear_backward",
+    "rank_backward", "shrink",
+]  # fmt: skip
 
 MAX_BLOCK_R = 128  # ranks of one accumulator; a longer piece is cut, under the same mask
 PIECES = 3  # of one launch: q, k and v
@@ -63,6 +67,25 @@ def linear(
         if _adjoin(left[0], right[0]) and _adjoin(left[1], right[1]):
             return torch.mm(_join(left[0], right[0]), _join(left[1], right[1]).T, out=out_TN)
     return torch.mm(x_TI, w_NI.T, out=out_TN).addmm_(s_TR, b_NR.T)
+
+
+def linear_backward(
+    dy_TN: torch.Tensor,
+    w_NI: torch.Tensor,
+    ds_TR: torch.Tensor,
+    a_RI: torch.Tensor,
+    out_TI: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """dX = dY W + dS A, written to `out_TI` when it is given. No dropout.
+
+    One product over K = N + R when dy and ds are neighbouring columns of one buffer and a lies
+    below w in another; else a product and an addition to it in place.
+    """
+    if ds_TR.shape[1] and _adjoin(dy_TN, ds_TR) and _is_below(w_NI, a_RI):
+        rows = w_NI.as_strided((len(w_NI) + len(a_RI), w_NI.shape[1]), w_NI.stride())
+        return torch.mm(_join(dy_TN, ds_TR), rows, out=out_TI)
+    dx_TI = torch.mm(dy_TN, w_NI, out=out_TI)
+    return dx_TI.addmm_(ds_TR, a_RI) if ds_TR.shape[1] else dx_TI
 
 
 def shrink(x_TI: torch.Tensor, a_RI: torch.Tensor, spans: Sequence[Span] = ()) -> torch.Tensor:
@@ -133,6 +156,17 @@ def _adjoin(left: torch.Tensor, right: torch.Tensor) -> bool:
         and left.stride(1) == 1
         and left.stride(0) >= left.shape[1] + right.shape[1]
         and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+    )
+
+
+def _is_below(upper: torch.Tensor, lower: torch.Tensor) -> bool:
+    """Whether the rows of `lower` follow those of `upper` in one buffer."""
+    end = upper.data_ptr() + len(upper) * upper.stride(0) * upper.element_size()
+    return (
+        lower.data_ptr() == end
+        and upper.stride() == lower.stride()
+        and upper.stride(1) == 1
+        and upper.untyped_storage().data_ptr() == lower.untyped_storage().data_ptr()
     )
 
 

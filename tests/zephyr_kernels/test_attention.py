@@ -193,6 +193,9 @@ def test_under_autograd(case: Case, device, normal: Normal) -> None:
 def test_twice_the_same_bits(case: Case, dtype: torch.dtype, device, normal: Normal) -> None:
     tensors, plan = inputs(case, 4, 2, dtype, normal), make_plan(*case, device)
     one, two = (planned(case, tensors, plan) for _ in range(2))
+    if device.type == "cuda":  # where flash attention adds dq by atomics
+        torch.testing.assert_close(one[1], two[1])
+        one, two = (one[0], *one[2:]), (two[0], *two[2:])
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 

@@ -16,21 +16,29 @@ import pytest
 from zephyr_kernels import backend
 
 ARCHITECTURES = (86, 120)  # RTX 3090 and RTX 5090
+SHARED_BYTES = 99 * 1024  # of a program, on either
+# Whose loads and stores follow the layout of a product's tile or of a reduction, narrower in part.
+TILED = {
+    "shrink_kernel", "a_backward_kernel", "input_backward_kernel", "rank_backward_kernel",
+    "row_log_prob_kernel",
+}  # fmt: skip
 
 COMPILE = """
 import json, re, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zephyr_kernels import backend, fp16acc, nf4, norm, rope, swiglu
+from zephyr_kernels import backend, fp16acc, linear_logprob, lora, nf4, norm, rope, swiglu
 
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8",
+    torch.int64: "*i64",
 }
 launches = []
 
-def record(kernel, grid, *arguments, num_warps, **constants):
-    launches.append((kernel, arguments, num_warps, constants))
+def record(kernel, grid, *arguments, num_warps, num_stages=3, **constants):
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    launches.append((kernel, arguments, options, constants))
 
 def source(kernel, arguments, constants):
     # As Triton specialises a launch: on None, on 1, and on what 16 divides.
@@ -48,7 +56,7 @@ def source(kernel, arguments, constants):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attrs=attributes)
 
-for module in (fp16acc, nf4, norm, rope, swiglu):
+for module in (fp16acc, linear_logprob, lora, nf4, norm, rope, swiglu):
     module.launch = record
 backend.use("triton")
 torch.set_default_device("meta")
@@ -83,17 +91,29 @@ for absmax, nested in ((torch.empty(D * F // 64), ()), (
     )
     nf4.dequantise(weight, torch.empty(D, F + R, dtype=torch.bfloat16)[:, :F])
 
+masks = [(start, start + 16, lora.Dropout(0.05, start)) for start in (0, 16, 32)]
+a, s = torch.empty(R, D, dtype=torch.bfloat16), torch.empty(T, R, dtype=torch.bfloat16)
+lora._launch_shrink(rows(D), a, masks)
+lora._launch_a_backward(s, rows(D), masks)
+lora._launch_input_backward(rows(D), s, a, masks)
+b = torch.empty(D, 16, dtype=torch.bfloat16)
+lora._launch_rank_backward(rows(D), torch.empty(T, 16, dtype=torch.bfloat16), b)
+head = torch.empty(32000, D, dtype=torch.bfloat16)
+target, grad = torch.empty(64, dtype=torch.int64), torch.empty(64, D, dtype=torch.bfloat16)
+linear_logprob._triton_chunk(torch.empty(64, 32000), head, target, None, grad)
+
 found = []
-for kernel, arguments, num_warps, constants in launches:
+for kernel, arguments, options, constants in launches:
     for architecture in json.loads(sys.argv[1]):
         compiled = triton.compile(
             source(kernel, arguments, constants),
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": num_warps, "enable_fp_fusion": False},
+            options=options | {"enable_fp_fusion": False},
         )
         moves = re.findall(r"(?:ld|st)[.]global[.][a-z0-9.]+", compiled.asm["ptx"])
         fused = len(re.findall(r"fma[.]rn[.]f32", compiled.asm["ptx"]))
-        found.append((kernel.__name__, architecture, sorted(set(moves)), fused))
+        shared = compiled.metadata.shared
+        found.append((kernel.__name__, architecture, sorted(set(moves)), fused, shared))
 print(json.dumps(found))
 """
 
@@ -111,14 +131,18 @@ def test_every_kernel_compiles_and_moves_16_bytes_at_a_time(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
-    assert len(compiled) == 14 * len(ARCHITECTURES)
-    for name, architecture, moves, fused in compiled:
+    assert len(compiled) == 20 * len(ARCHITECTURES)
+    for name, architecture, moves, fused, shared in compiled:
         where = f"{name} on sm{architecture}: {moves}"
+        assert shared <= SHARED_BYTES, f"{where}: {shared} bytes of shared memory"
+        if name in TILED:
+            continue
         assert "st.global.v4.b32" in moves, where
-        # What is left in single words: a row's rstd or scale, NF4's table and its bytes, four at
-        # a time.
+        # What is left in single words: a row's rstd or scale, its target, NF4's table and its
+        # bytes, four at a time.
         assert set(moves) <= {
             "ld.global.v4.b32", "st.global.v4.b32", "ld.global.b32", "st.global.b32",
             *(["ld.global.b8"] if name == "dequantise_kernel" else []),
+            *(["ld.global.b64"] if name == "excess_kernel" else []),
         }, where  # fmt: skip
         assert not fused, f"{where}: {fused} fused multiply-adds"

@@ -16,6 +16,7 @@ from zephyr_kernels.lora import (
     a_backward,
     input_backward_,
     linear,
+    linear_backward,
     rank_backward,
     shrink,
 )
@@ -289,6 +290,39 @@ def test_linear(
     assert_within(linear(x, w, s, b), truth, eager)
     if tokens:  # an empty tensor lies nowhere
         assert ran.names == (["mm"] if layout in ("after", "before") else ["mm", "addmm_"])
+
+
+@pytest.mark.parametrize("layout", ["apart", "joined", "gap in columns", "gap in rows", "narrow"])
+@pytest.mark.parametrize(
+    "sizes", [(7, 20, 9, 5), (1, 4, 4, 4), (0, 6, 5, 2), (3, 8, 8, 0)], ids=str
+)
+def test_linear_backward(
+    layout: str, sizes: Sizes, dtype: torch.dtype, normal: Normal, poisoned: Callable[..., Any]
+) -> None:
+    """dS behind dY and A below W are one product, everything else two; the same result."""
+    tokens, width, outputs, rank = sizes
+    shapes = [(tokens, outputs), (outputs, width), (tokens, rank), (rank, width)]
+    dy, w, ds, a = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    truth = dy.double() @ w.double() + ds.double() @ a.double()
+    eager = dy @ w + ds @ a
+    if layout != "apart":
+        behind = outputs + (layout == "gap in columns")
+        below = outputs + (layout == "gap in rows")
+        rows = dy.new_full((tokens, behind + rank), torch.nan)
+        border = dy.new_full((below + rank, width + (layout != "narrow")), torch.nan)
+        rows[:, :outputs], rows[:, behind:] = dy, ds
+        border[:outputs, :width], border[below:, :width] = w, a
+        dy, ds = rows[:, :outputs], rows[:, behind:]
+        w, a = border[:outputs, :width], border[below:, :width]
+    out, rest = poisoned(tokens, width, dtype=dtype)
+    with Products() as ran:
+        found = linear_backward(dy, w, ds, a, out)
+    assert found.data_ptr() == out.data_ptr()
+    assert_within(out, truth, eager)
+    assert rest.isnan().all()
+    assert_within(linear_backward(dy, w, ds, a), truth, eager)
+    if tokens and rank:
+        assert ran.names == (["mm"] if layout in ("joined", "narrow") else ["mm", "addmm_"])
 
 
 def test_neighbours_at_another_stride_are_not_joined(normal: Normal) -> None:

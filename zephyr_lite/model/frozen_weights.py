@@ -4,7 +4,12 @@ Plain weights are laid below each other once, and the modules' parameters become
 that nothing is held twice and every other user of the modules sees what it saw. NF4 weights are
 dequantised into a slot that the same group of every layer shares, and stay there until another
 layer's come: what a layer computes again in its backward is not dequantised again for it. A CPU,
-which has the room and not the bandwidth, keeps all that it dequantised.
+which has the room and not the bandwidth, keeps all that it dequantised, a slot for each group.
+
+A slot may have a border, in which a layer lays the adapters of the group:
+
+    [[W, B],        [X | S] [W | B]' = X W' + S B'
+     [A, -]]        [dY | dS] [W ; A] = dY W + dS A
 
     exact      in the dtype that the layer computes in
     fp16acc    in fp16, whose sums are fp16 too; plain weights are cast into the slot as well
@@ -13,6 +18,7 @@ which has the room and not the bandwidth, keeps all that it dequantised.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,32 +31,56 @@ from zephyr_lite.errors import MachineError
 Gemm = Literal["exact", "fp16acc"]
 
 
+# Elements: Triton moves 16 bytes at a time where it sees that rows lie multiples of 16 apart.
+ROW_STEP = 16
+
+
+@dataclass(frozen=True)
+class Bordered:
+    """W [O, I], B [O, R] to its right and A [R, I] below it: views of one buffer."""
+
+    w_OI: torch.Tensor
+    b_OR: torch.Tensor
+    a_RI: torch.Tensor
+
+
 class Slot:
     """A buffer for the dense weights of one group at a time, which it remembers."""
 
     def __init__(self) -> None:
         self.buffer: torch.Tensor | None = None
         self.holder: FrozenWeight | None = None
+        self.ranks = 0
 
-    def fill(self, frozen: FrozenWeight, dtype: torch.dtype) -> torch.Tensor:
-        """The weights of `frozen` [O, I] in `dtype`, dequantised unless they are what lies here."""
-        size = frozen.shape[0] * frozen.shape[1]
+    def fill(self, frozen: FrozenWeight, dtype: torch.dtype, ranks: int = 0) -> Bordered:
+        """The weights of `frozen` in `dtype`, dequantised unless they are what lies here, and a
+        border for so many ranks, whose contents are the last caller's."""
+        outputs, inputs = frozen.shape
+        shape = (outputs + ranks, inputs + with_step(ranks))
+        size = shape[0] * shape[1]
         buffer = self.buffer
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
             buffer = self.buffer = self.holder = None  # freed before there is another
             buffer = self.buffer = torch.empty(size, dtype=dtype, device=frozen.device)
-        weight_OI = buffer[:size].view(frozen.shape)
-        if self.holder is not frozen:
+        matrix = buffer[:size].view(shape)
+        w_OI = matrix[:outputs, :inputs]
+        if self.holder is not frozen or self.ranks != ranks:
             self.holder = None  # of what lies here, should this run out of memory halfway
-            frozen.dequantise(weight_OI)
-            self.holder = frozen
-        return weight_OI
+            frozen.dequantise(w_OI)
+            self.holder, self.ranks = frozen, ranks
+        b_OR = matrix[:outputs, inputs : inputs + ranks]
+        return Bordered(w_OI, b_OR, matrix[outputs:, :inputs])
+
+
+def with_step(ranks: int) -> int:
+    """Columns that so many ranks take up behind a row."""
+    return -(-ranks // ROW_STEP) * ROW_STEP
 
 
 class FrozenWeight:
     """W [O, I] and bias [O] (or None) of linears that read the same input, below each other.
 
-    slot: where a quantised base's weights are dequantised to; its own by default.
+    slot: where a quantised base's weights are dequantised to on a GPU; its own by default.
     """
 
     def __init__(
@@ -59,7 +89,8 @@ class FrozenWeight:
         device = linears[0].weight.device
         widths = [int(x.out_features) for x in linears]
         self.shape = (sum(widths), int(linears[0].in_features))
-        self.dtype, self.device, self.slot = dtype, device, slot or Slot()
+        self.dtype, self.device = dtype, device
+        self.slot = slot if slot is not None and device.type != "cpu" else Slot()
         self.bias_O = _join_biases(linears, widths, dtype)
         self.dense_OI: torch.Tensor | None = None
         self.packed: tuple[Nf4, ...] = ()
@@ -70,8 +101,6 @@ class FrozenWeight:
             self.is_shared = all(x.weight.dtype == dtype for x in linears)
         else:
             self.packed = tuple(_nf4(x.weight.detach(), x.weight.quant_state) for x in linears)
-            if device.type == "cpu":
-                self.dense_OI = self.dequantise(torch.empty(self.shape, dtype=dtype))
 
     def weight(self, gemm: Gemm = "exact") -> torch.Tensor:
         """W [O, I], to be read only; in a slot it holds until another group of it asks, or this
@@ -79,7 +108,12 @@ class FrozenWeight:
         dtype = torch.float16 if gemm == "fp16acc" else self.dtype
         if self.dense_OI is not None and self.dense_OI.dtype == dtype:
             return self.dense_OI
-        return self.slot.fill(self, dtype)
+        return self.slot.fill(self, dtype).w_OI
+
+    def bordered(self, ranks: int) -> Bordered | None:
+        """W in `self.dtype` with a border, by the rule of `weight`; None where W is held as it
+        came, for its memory is the model's own."""
+        return None if self.dense_OI is not None else self.slot.fill(self, self.dtype, ranks)
 
     @property
     def kind(self) -> str:

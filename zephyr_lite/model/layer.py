@@ -12,7 +12,8 @@ kept, or not:
     lean       the layer's input; everything but down is computed again
     offload    as lean, and the input waits in pinned host memory, from which it is back in time
 
-The three are the same numbers bit for bit, for the same function computes both times.
+The three are the same numbers bit for bit, for the same function computes both times; on a GPU but
+for flash attention's dQ, which it adds by atomics.
 
 The last layer may be told which rows are needed (`rows_U`): keys and values are of all rows, the
 rest is computed for those alone.
@@ -35,9 +36,10 @@ from zephyr_kernels.swiglu import swiglu, swiglu_backward_
 
 from zephyr_lite.model import projections
 from zephyr_lite.model.frozen_weights import Gemm
+from zephyr_lite.model.group import Group, Part
 from zephyr_lite.model.head_norms import HeadNorms, Pair
 from zephyr_lite.model.host_store import HostStore
-from zephyr_lite.model.projections import Group, Part
+from zephyr_lite.model.projections import room_for
 from zephyr_lite.model.stack import Outline, Stack
 
 Saved = Literal["keep", "lean", "offload"]
@@ -109,6 +111,12 @@ class _Stacks:
     gate_up: Stack
     down: Stack
 
+    @classmethod
+    def of(cls, layer: Layer, outlines: tuple[Outline, ...]) -> _Stacks:
+        """The adapters of the layer's groups as they are now."""
+        pairs = zip(layer.groups, outlines, strict=True)
+        return cls(*(group.stack(outline) for group, outline in pairs))
+
 
 @dataclass
 class _Kept:
@@ -149,11 +157,13 @@ class _Layer(torch.autograd.Function):
         outlines: tuple[Outline, ...],
         *trainable: torch.Tensor,
     ) -> torch.Tensor:
-        stacks = _Stacks(*(outline.stack() for outline in outlines))
+        stacks = _Stacks.of(layer, outlines)
         ctx.held = call.host.put(x_TD) if call.saved == "offload" else None
         kept = _attend_and_project(x_TD, layer, call, stacks)
-        h_UF = swiglu(*kept.gate_up_U2F.chunk(2, 1))
-        (y_UD,), s_down_UR = projections.forward(h_UF, layer.down, stacks.down)
+        gate_UF, up_UF = kept.gate_up_U2F.chunk(2, 1)
+        room = room_for(gate_UF.shape, stacks.down, gate_UF)
+        h_UF = swiglu(gate_UF, up_UF, room and room.front)
+        (y_UD,), s_down_UR = projections.forward(h_UF, layer.down, stacks.down, room=room)
         y_UD += kept.mid_UD
         ctx.layer, ctx.call, ctx.outlines = layer, call, outlines
         ctx.kept = (kept, s_down_UR) if call.saved == "keep" else None
@@ -165,35 +175,44 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy_UD = grads[0].contiguous()
         layer, call = ctx.layer, ctx.call
-        stacks = _Stacks(*(outline.stack() for outline in ctx.outlines))
+        stacks = _Stacks.of(layer, ctx.outlines)
         x_TD = ctx.saved_tensors[0] if ctx.held is None else ctx.held.get()
         if ctx.kept is None:
             kept, s_down_UR = _attend_and_project(x_TD, layer, call, stacks), None
         else:
             kept, s_down_UR = ctx.kept
             ctx.kept = None  # what the backward is done with need not wait for the graph's end
-        dmid_UD, mlp = _mlp_backward(dy_UD, kept, s_down_UR, layer, stacks)
-        del kept.gate_up_U2F  # the largest, and attention's backward has need of the room
+        dmid_UD, behind_UR, mlp = _mlp_backward(dy_UD, kept, s_down_UR, layer, stacks)
+        # The largest, with S behind it; attention's backward has need of the memory.
+        del kept.gate_up_U2F, kept.s_gate_up_UR
         dx_TD, attention_grads = _attention_backward(
-            dmid_UD, x_TD, kept, layer, call, stacks, wants_dx=ctx.needs_input_grad[0]
+            dmid_UD, behind_UR, x_TD, kept, layer, call, stacks, wants_dx=ctx.needs_input_grad[0]
         )
         return dx_TD, None, None, None, *attention_grads, *mlp
 
 
 def _attend_and_project(x_TD: torch.Tensor, layer: Layer, call: Call, stacks: _Stacks) -> _Kept:
     """Everything up to gate and up."""
-    n1_TD, rstd1_T = rms_norm(x_TD, layer.norm_attention, layer.eps)
-    outputs, s_qkv_TR = projections.forward(
-        n1_TD, layer.qkv, stacks.qkv, layer.qkv_parts(call.rows_U)
-    )
+    room = room_for(x_TD.shape, stacks.qkv, x_TD)
+    n1_TD, rstd1_T = rms_norm(x_TD, layer.norm_attention, layer.eps, room and room.front)
+    parts = layer.qkv_parts(call.rows_U)
+    outputs, s_qkv_TR = projections.forward(n1_TD, layer.qkv, stacks.qkv, parts, room=room)
     if layer.head_norms is None:
         _turn_(outputs, layer, call, inverse=False)
     heads, _ = _heads(outputs, layer, call)
     out_UHD, lse_UH = attention.forward(*heads, call.plan, call.scale)
     (mid_UD,), s_o_UR = projections.forward(out_UHD.flatten(1), layer.o, stacks.o)
     residual_UD = x_TD if call.rows_U is None else x_TD[call.rows_U]
-    n2_UD, rstd2_U = add_rms_norm_(mid_UD, residual_UD, layer.norm_mlp, layer.eps)
-    (gate_up_U2F,), s_gate_up_UR = projections.forward(n2_UD, layer.gate_up, stacks.gate_up)
+    room = room_for(mid_UD.shape, stacks.gate_up, x_TD)
+    n2_UD, rstd2_U = add_rms_norm_(
+        mid_UD, residual_UD, layer.norm_mlp, layer.eps, room and room.front
+    )
+    # With room too, for its gradient will be written over it, and S becomes dS.
+    shape = (len(mid_UD), sum(layer.gate_up.widths))
+    out = room_for(shape, stacks.gate_up, x_TD)
+    (gate_up_U2F,), s_gate_up_UR = projections.forward(
+        n2_UD, layer.gate_up, stacks.gate_up, room=room, out=out
+    )
     return _Kept(
         rstd1_T, outputs, out_UHD, lse_UH, mid_UD, rstd2_U, gate_up_U2F,
         s_qkv_TR, s_o_UR, s_gate_up_UR,
@@ -206,8 +225,11 @@ def _mlp_backward(
     s_down_UR: torch.Tensor | None,
     layer: Layer,
     stacks: _Stacks,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """d mid, and the gradients of gate's, up's and down's adapters. Writes over gate and up."""
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+    """d mid, the room behind it, and the gradients of gate's, up's and down's adapters.
+
+    Writes over gate and up, and over S behind them.
+    """
     gate_UF, up_UF = kept.gate_up_U2F.chunk(2, 1)
     if s_down_UR is None and stacks.down.loras:  # not kept: h a first time, for S alone
         s_down_UR = shrink(swiglu(gate_UF, up_UF), stacks.down.a_RI, stacks.down.spans)
@@ -216,19 +238,23 @@ def _mlp_backward(
     swiglu_backward_(h_UF, gate_UF, up_UF)
     grads = projections.adapter_gradients(down, h_UF, stacks.down)
     del down, h_UF
+    room = room_for(dy_UD.shape, stacks.o, dy_UD)
+    behind_UR = None if stacks.gate_up.border is None else kept.s_gate_up_UR
     gate_up = projections.backward(
-        [kept.gate_up_U2F], kept.s_gate_up_UR, layer.gate_up, stacks.gate_up
-    )
+        [kept.gate_up_U2F], kept.s_gate_up_UR, layer.gate_up, stacks.gate_up,
+        behind_TR=behind_UR, out=room,
+    )  # fmt: skip
     n2_UD, _ = rms_norm(kept.mid_UD, layer.norm_mlp, layer.eps)
     grads = projections.adapter_gradients(gate_up, n2_UD, stacks.gate_up) + grads
     dmid_UD = rms_norm_backward_(
         gate_up.dx_TI, kept.mid_UD, layer.norm_mlp, kept.rstd2_U, residual_TD=dy_UD
     )
-    return dmid_UD, grads
+    return dmid_UD, room and room.behind, grads
 
 
 def _attention_backward(
     dmid_UD: torch.Tensor,
+    behind_UR: torch.Tensor | None,
     x_TD: torch.Tensor,
     kept: _Kept,
     layer: Layer,
@@ -238,9 +264,10 @@ def _attention_backward(
     wants_dx: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """dx (None unless wanted), and the gradients of q's, k's, v's and o's adapters."""
-    o = projections.backward([dmid_UD], kept.s_o_UR, layer.o, stacks.o)
+    o = projections.backward([dmid_UD], kept.s_o_UR, layer.o, stacks.o, behind_TR=behind_UR)
     grads = projections.adapter_gradients(o, kept.out_UHD.flatten(1), stacks.o)
-    doutputs = [torch.empty_like(y) for y in kept.qkv]
+    room = None if len(kept.qkv) > 1 else room_for(kept.qkv[0].shape, stacks.qkv, x_TD)
+    doutputs = [torch.empty_like(y) for y in kept.qkv] if room is None else [room.front]
     heads, rstds = _heads(kept.qkv, layer, call)
     dheads = layer.split_heads(doutputs)
     saved = (*heads, kept.out_UHD, kept.lse_UH)
@@ -250,8 +277,9 @@ def _attention_backward(
         layer.head_norms.backward_(dheads[:2], layer.split_heads(kept.qkv)[:2], rstds)
     parts = layer.qkv_parts(call.rows_U)
     qkv = projections.backward(
-        doutputs, kept.s_qkv_TR, layer.qkv, stacks.qkv, parts, wants_dx=wants_dx
-    )
+        doutputs, kept.s_qkv_TR, layer.qkv, stacks.qkv, parts,
+        wants_dx=wants_dx, behind_TR=room and room.behind,
+    )  # fmt: skip
     n1_TD, _ = rms_norm(x_TD, layer.norm_attention, layer.eps)
     grads = projections.adapter_gradients(qkv, n1_TD, stacks.qkv) + grads
     if not wants_dx:

@@ -21,11 +21,11 @@ from zephyr_lite.data.layout import pair_layout
 from zephyr_lite.errors import MachineError
 from zephyr_lite.model.attention import DeviceLayout, to_device
 from zephyr_lite.model.frozen_weights import Gemm, Slot
+from zephyr_lite.model.group import Group
 from zephyr_lite.model.head_norms import HeadNorms
 from zephyr_lite.model.hf import HfEngine
 from zephyr_lite.model.host_store import HostStore
 from zephyr_lite.model.layer import Call, Layer, Saved, run
-from zephyr_lite.model.projections import Group
 
 FAMILIES = ("mistral", "llama", "qwen2", "qwen3")
 # Rotary embeddings that are a fixed function of the position.

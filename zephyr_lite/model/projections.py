@@ -6,6 +6,10 @@ The W_p of a group lie below each other in one matrix, so that one product serve
 adapters of all projections lie below each other too, so that X is read once for all ranks. The
 scale is folded into B, never B A into W: in bf16 that would round most of a young adapter away.
 
+Where W has a border (`frozen_weights.py`) and X room behind its rows, S is laid into the room and
+one product does both, with no pass over Y; so with dY, dS and dX. Elsewhere, and where B side by
+side would be zeros for the most part, the adapters' share is added to the product in place.
+
 Only the products with W are computed otherwise under `gemm: fp16acc`; all that LoRA adds is not.
 
 An adapter that is attached and not active has zeros for its B: policy and reference then have
@@ -16,136 +20,105 @@ Shapes: T tokens, I input width, O output width of all projections of a group, R
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from zephyr_kernels import fp16acc
-from zephyr_kernels.lora import Dropout, Span, a_backward, input_backward_, rank_backward, shrink
+from zephyr_kernels.lora import (
+    Span,
+    a_backward,
+    input_backward_,
+    linear,
+    linear_backward,
+    rank_backward,
+    shrink,
+)
 
-from zephyr_lite.errors import MachineError
-from zephyr_lite.model.frozen_weights import FrozenWeight, Gemm, Slot
-from zephyr_lite.model.stack import Adapted, Lora, Outline, Piece, Stack
+from zephyr_lite.model.frozen_weights import Gemm, with_step
+from zephyr_lite.model.group import Group, Part
+from zephyr_lite.model.stack import Stack
+
+
+def product(
+    x_TK: torch.Tensor, weight_KN: torch.Tensor, gemm: Gemm, out_TN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x @ weight in x's dtype, for a weight that `FrozenWeight.weight` gave for this `gemm`.
+
+    Only an exact product goes to `out_TN`.
+    """
+    if gemm == "exact":
+        return torch.mm(x_TK, weight_KN, out=out_TN)
+    return fp16acc.product(x_TK, weight_KN)
 
 
 @dataclass(frozen=True)
-class Part:
-    """Outputs [start, stop) of a group, for some rows of its input (`rows_U`) or all (None)."""
+class Room:
+    """Columns of a buffer [T, width], and those behind them in the same rows [T, R]."""
 
-    start: int
-    stop: int
-    rows_U: torch.Tensor | None = None
-
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows of x that this part is about."""
-        return x if self.rows_U is None else x[self.rows_U]
-
-    def inside(self, stack: Stack) -> Iterator[tuple[Lora, slice]]:
-        """The part's adapters, and where their outputs stand among the part's own."""
-        for lora in stack.loras:
-            if self.start <= lora.outputs.start and lora.outputs.stop <= self.stop:
-                at = slice(lora.outputs.start - self.start, lora.outputs.stop - self.start)
-                yield lora, at
+    front: torch.Tensor
+    behind: torch.Tensor
 
 
-class Group:
-    """Projections with one input.
+def room_for(shape: Sequence[int], stack: Stack, like: torch.Tensor) -> Room | None:
+    """Room for S or dS behind new rows of a shape [T, width], of a tensor's dtype and device.
 
-    Args:
-        modules: PEFT's LoRA layers, or plain linears.
-        slot: see `FrozenWeight`.
+    None where the stack has no border, and so no use for it.
     """
-
-    def __init__(
-        self, modules: Sequence[Any], dtype: torch.dtype, slot: Slot | None = None
-    ) -> None:
-        self.modules, self.dtype = tuple(modules), dtype
-        self.bases = _bases(modules)
-        self.widths = tuple(int(b.out_features) for b in self.bases)
-        self.frozen = FrozenWeight(self.bases, dtype, slot)
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The group as one part."""
-        return (Part(0, sum(self.widths)),)
-
-    def follow(self, modules: Sequence[Any]) -> None:
-        """Read adapters from the modules that stand there now: a first adapter wraps its linear.
-
-        Raises: MachineError when a linear itself was replaced, or an adapter merged into one.
-        """
-        if any(getattr(m, "merged", False) for m in modules):
-            raise MachineError(
-                "engine native: an adapter was merged into the frozen weights",
-                hint="unmerge it: the engine adds it by itself",
-            )
-        if any(a is not b for a, b in zip(_bases(modules), self.bases, strict=True)):
-            raise MachineError(
-                "engine native: a linear of the model was replaced after the engine had read it",
-                hint="make another engine",
-            )
-        self.modules = tuple(modules)
-
-    def report(self) -> str:
-        """What the group multiplies with, for a person: the frozen matrix and ranks by adapter."""
-        ranks: dict[str, list[int]] = {}
-        for module in self.modules:
-            for name, half in getattr(module, "lora_A", {}).items():
-                ranks.setdefault(name, []).append(half.weight.shape[0])
-        found = [f"{name} r {'+'.join(map(str, r))}" for name, r in ranks.items()]
-        return ", ".join([self.frozen.kind, *found])
-
-    def outline(self, seed: int | None, gemm: Gemm = "exact") -> Outline:
-        """The adapters as they stand now; `seed` draws the dropout masks (None: no dropout)."""
-        found: list[Adapted] = []
-        spans: list[Span] = []
-        rank = column = 0
-        for module, width in zip(self.modules, self.widths, strict=True):
-            first, pieces = rank, []
-            for name in getattr(module, "lora_A", ()):
-                a_RI, b_OR = module.lora_A[name].weight, module.lora_B[name].weight
-                is_active = name in module.active_adapters and not module.disable_adapters
-                scale = float(module.scaling[name]) if is_active else 0.0
-                stop = rank + a_RI.shape[0]
-                if rate := _dropout_rate(module.lora_dropout[name], seed):
-                    spans.append((rank, stop, Dropout(rate, (seed or 0) + len(spans))))
-                trains = is_active and a_RI.requires_grad
-                columns = slice(rank - first, stop - first)
-                pieces.append(Piece(a_RI, b_OR, scale, columns, trains))
-                rank = stop
-            if pieces:
-                outputs = slice(column, column + width)
-                found.append(Adapted(outputs, slice(first, rank), tuple(pieces)))
-            column += width
-        return Outline(tuple(found), tuple(spans), gemm, self.dtype)
-
-
-def product(x_TK: torch.Tensor, weight_KN: torch.Tensor, gemm: Gemm) -> torch.Tensor:
-    """x @ weight in x's dtype, for a weight that `FrozenWeight.weight` gave for this `gemm`."""
-    return torch.mm(x_TK, weight_KN) if gemm == "exact" else fp16acc.product(x_TK, weight_KN)
+    if stack.border is None:
+        return None
+    (rows, width), ranks = shape, stack.a_RI.shape[0]
+    whole = like.new_empty(rows, width + with_step(ranks))
+    return Room(whole[:, :width], whole[:, width : width + ranks])
 
 
 def forward(
-    x_TI: torch.Tensor, group: Group, stack: Stack, parts: Sequence[Part] = ()
+    x_TI: torch.Tensor,
+    group: Group,
+    stack: Stack,
+    parts: Sequence[Part] = (),
+    *,
+    room: Room | None = None,
+    out: Room | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Y of every part (one, of everything, by default) and S = drop(X) A' [T, R] for the backward.
 
+    Args: room: x and what is behind it. out: where the one part's Y goes, and S behind it.
     S is None where nothing adapts the group.
     """
-    weight_OI, bias_O = group.frozen.weight(stack.gemm), group.frozen.bias_O
-    s_TR = shrink(x_TI, stack.a_RI, stack.spans) if stack.loras else None
+    s_TR = beside_TR = shrink(x_TI, stack.a_RI, stack.spans) if stack.loras else None
+    if s_TR is not None and room is not None:
+        beside_TR = room.behind.copy_(s_TR)
     outputs = []
     for part in parts or group.parts:
-        y_UO = product(part.of(x_TI), weight_OI[part.start : part.stop].T, stack.gemm)
-        if bias_O is not None:
-            y_UO += bias_O[part.start : part.stop]
-        if s_TR is not None:
-            s_UR = part.of(s_TR)
-            for lora, at in part.inside(stack):
-                y_UO[:, at].addmm_(s_UR[:, lora.ranks], lora.b_OR.T)
+        y_UO = _part_forward(x_TI, beside_TR, group, stack, part, out)
+        if group.frozen.bias_O is not None:
+            y_UO += group.frozen.bias_O[part.start : part.stop]
         outputs.append(y_UO)
+    if out is not None and s_TR is not None:
+        s_TR = out.behind.copy_(s_TR)
     return outputs, s_TR
+
+
+def _part_forward(
+    x_TI: torch.Tensor,
+    s_TR: torch.Tensor | None,
+    group: Group,
+    stack: Stack,
+    part: Part,
+    out: Room | None,
+) -> torch.Tensor:
+    rows = slice(part.start, part.stop)
+    if stack.border is not None and s_TR is not None:
+        border = stack.border
+        place = None if out is None else out.front
+        return linear(part.of(x_TI), border.w_OI[rows], part.of(s_TR), border.b_OR[rows], place)
+    y_UO = product(part.of(x_TI), group.frozen.weight(stack.gemm)[rows].T, stack.gemm)
+    if s_TR is not None:
+        s_UR = part.of(s_TR)
+        for lora, at in part.inside(stack):
+            y_UO[:, at].addmm_(s_UR[:, lora.ranks], lora.b_OR.T)
+    return y_UO
 
 
 @dataclass(frozen=True)
@@ -172,14 +145,36 @@ def backward(
     parts: Sequence[Part] = (),
     *,
     wants_dx: bool = True,
+    behind_TR: torch.Tensor | None = None,
+    out: Room | None = None,
 ) -> Returned:
-    """dS = dY B;  dB = dY' S;  dX = dY W + mask (dS A). `adapter_gradients` is the rest."""
+    """dS = dY B;  dB = dY' S;  dX = dY W + mask (dS A). `adapter_gradients` is the rest.
+
+    Args: behind_TR: where dS goes, the room behind dY if it has some; may be S itself. out: where
+    dX goes, if in front of room.
+    """
     parts = parts or group.parts
-    dx_TI = _base_backward(dys, group, parts, stack.gemm) if wants_dx else None
-    if s_TR is None:
-        return Returned(dx_TI, None, ())
+    ds_TR, db_OR = None, ()
+    if s_TR is not None:
+        ds_TR, db_OR = _rank_gradients(dys, s_TR, stack, parts, behind_TR)
+    dx_TI = None
+    if wants_dx:
+        place = None if out is None else out.front
+        dx_TI = _input_gradient(dys, ds_TR, group, stack, parts, place)
+    return Returned(dx_TI, ds_TR, db_OR)
+
+
+def _rank_gradients(
+    dys: Sequence[torch.Tensor],
+    s_TR: torch.Tensor,
+    stack: Stack,
+    parts: Sequence[Part],
+    behind_TR: torch.Tensor | None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """dS [T, R], and dB of every LoRA of the stack."""
     is_whole = all(part.rows_U is None for part in parts)
-    ds_TR = torch.empty_like(s_TR) if is_whole else torch.zeros_like(s_TR)
+    if behind_TR is None or not is_whole:
+        behind_TR = s_TR.new_empty(s_TR.shape) if is_whole else s_TR.new_zeros(s_TR.shape)
     found: dict[int, torch.Tensor | None] = {}
     for dy_UO, part in zip(dys, parts, strict=True):
         s_UR = part.of(s_TR)
@@ -188,13 +183,31 @@ def backward(
             s_trained = s_UR[:, lora.ranks] if columns is None else s_UR[:, lora.ranks][:, columns]
             ds_UR, db_OR = rank_backward(dy_UO[:, at], s_trained, lora.b_OR, columns is not None)
             if part.rows_U is None:
-                ds_TR[:, lora.ranks] = ds_UR
+                behind_TR[:, lora.ranks] = ds_UR
             else:
-                ds_TR[part.rows_U, lora.ranks] = ds_UR
+                behind_TR[part.rows_U, lora.ranks] = ds_UR
             found[lora.ranks.start] = db_OR
-    if dx_TI is not None:
+    return behind_TR, tuple(found[lora.ranks.start] for lora in stack.loras)
+
+
+def _input_gradient(
+    dys: Sequence[torch.Tensor],
+    ds_TR: torch.Tensor | None,
+    group: Group,
+    stack: Stack,
+    parts: Sequence[Part],
+    place_TI: torch.Tensor | None,
+) -> torch.Tensor:
+    """dX [T, I]: one product, unless masks or parts are in the way."""
+    border = stack.border
+    is_one = len(parts) == 1 and not stack.spans
+    if border is not None and ds_TR is not None and is_one:
+        return linear_backward(dys[0], border.w_OI, ds_TR, border.a_RI, place_TI)
+    weight_OI = group.frozen.weight(stack.gemm) if border is None else border.w_OI
+    dx_TI = _base_backward(dys, weight_OI, parts, stack.gemm, place_TI)
+    if ds_TR is not None:
         input_backward_(dx_TI, ds_TR, stack.a_RI, stack.spans)
-    return Returned(dx_TI, ds_TR, tuple(found[lora.ranks.start] for lora in stack.loras))
+    return dx_TI
 
 
 def adapter_gradients(returned: Returned, x_TI: torch.Tensor, stack: Stack) -> list[torch.Tensor]:
@@ -233,31 +246,27 @@ def _trained(ds_TR: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, tuple[Spa
 
 
 def _base_backward(
-    dys: Sequence[torch.Tensor], group: Group, parts: Sequence[Part], gemm: Gemm
+    dys: Sequence[torch.Tensor],
+    weight_OI: torch.Tensor,
+    parts: Sequence[Part],
+    gemm: Gemm,
+    place_TI: torch.Tensor | None,
 ) -> torch.Tensor:
     """dY W, the parts of all rows first, so that the others add into theirs."""
-    weight_OI = group.frozen.weight(gemm)
     pairs = sorted(zip(dys, parts, strict=True), key=lambda pair: pair[1].rows_U is not None)
     dx_TI: torch.Tensor | None = None
     for dy_UO, part in pairs:
-        dx_UI = product(dy_UO, weight_OI[part.start : part.stop], gemm)
+        rows = weight_OI[part.start : part.stop]
         if dx_TI is None and part.rows_U is None:
-            dx_TI = dx_UI
-        elif dx_TI is None:
+            dx_TI = product(dy_UO, rows, gemm, place_TI)
+            continue
+        dx_UI = product(dy_UO, rows, gemm)
+        if dx_TI is None:
             raise ValueError("no part of the group covers all rows")
-        elif part.rows_U is None:
+        if part.rows_U is None:
             dx_TI += dx_UI
         else:
             dx_TI[part.rows_U] += dx_UI
     if dx_TI is None:
-        raise ValueError(f"a group of {len(group.modules)} projections without a part")
+        raise ValueError("a group of projections without a part")
     return dx_TI
-
-
-def _bases(modules: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(getattr(m, "base_layer", m) for m in modules)
-
-
-def _dropout_rate(module: Any, seed: int | None) -> float:
-    is_on = seed is not None and module.training
-    return float(getattr(module, "p", 0.0)) if is_on else 0.0

@@ -4,7 +4,10 @@ The A of all adapters of all projections lie below each other, so that the input
 all ranks; the B of a projection's lie side by side, the scale alpha / r folded in. An adapter that
 is attached and not active has scale 0, so zeros for its B.
 
-Shapes: I input width, O output width of a projection, R rank of all adapters.
+Where the group's dense weights have a border, the numbers are laid into it, B block by block, so
+that one product adds the adapters too (`zephyr_kernels.lora.linear`).
+
+Shapes: I input width, O output width of a projection or of all, R rank of all adapters.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from zephyr_kernels.lora import Span
 
-from zephyr_lite.model.frozen_weights import Gemm
+from zephyr_lite.model.frozen_weights import Bordered, Gemm
 
 
 @dataclass(frozen=True)
@@ -72,28 +75,55 @@ class Outline:
         pieces = (piece for found in self.projections for piece in found.pieces if piece.trains)
         return tuple(half for piece in pieces for half in (piece.a, piece.b))
 
-    def stack(self) -> Stack:
-        """The numbers as they are now: a forward makes them, and its backward once more.
+    @property
+    def ranks(self) -> int:
+        """Of all adapters."""
+        return self.projections[-1].ranks.stop if self.projections else 0
 
-        Held between the two they would take 2 bytes a weight of every layer's adapters at once,
-        0.75 GB for ranks 16 + 128 on a 7B; made again they cost a read of the masters.
+    def wasted(self, outputs: int) -> float:
+        """Columns of all B side by side that are zeros, as the mean over so many outputs."""
+        used = sum(_length(p.outputs) * _length(p.ranks) for p in self.projections)
+        return self.ranks - used / outputs
+
+    def stack(self, border: Bordered | None = None) -> Stack:
+        """The numbers as they are now, in the border if there is one.
+
+        A forward makes them, and its backward once more: held between the two they would take 2
+        bytes a weight of every layer's adapters at once, 0.75 GB for ranks 16 + 128 on a 7B; made
+        again they cost a read of the masters.
         """
-        a_parts = [p.a.detach().to(self.dtype) for found in self.projections for p in found.pieces]
+        if not self.projections:
+            return Stack(torch.empty(0, 0), (), self, None)
+        first = next(piece.a for found in self.projections for piece in found.pieces)
+        if border is None:
+            a_RI = first.new_empty(self.ranks, first.shape[1], dtype=self.dtype)
+        else:
+            a_RI = border.a_RI
+            if self.wasted(len(border.b_OR)):
+                border.b_OR.zero_()
         loras = []
         for found in self.projections:
-            parts = [(piece.b.detach() * piece.scale).to(self.dtype) for piece in found.pieces]
-            loras.append(Lora(found.outputs, found.ranks, found.pieces, torch.cat(parts, 1)))
-        a_RI = torch.cat(a_parts) if a_parts else torch.empty(0, 0)
-        return Stack(a_RI, tuple(loras), self)
+            if border is None:
+                size = (_length(found.outputs), _length(found.ranks))
+                b_OR = first.new_empty(size, dtype=self.dtype)
+            else:
+                b_OR = border.b_OR[found.outputs, found.ranks]
+            for piece in found.pieces:
+                a_RI[found.ranks][piece.columns] = piece.a.detach()
+                b = piece.b.detach()
+                b_OR[:, piece.columns] = b if piece.scale == 1.0 else b * piece.scale
+            loras.append(Lora(found.outputs, found.ranks, found.pieces, b_OR))
+        return Stack(a_RI, tuple(loras), self, border)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """All adapters of a group in the compute dtype; R may be 0."""
+    """All adapters of a group in the compute dtype; R may be 0. border: where they were laid."""
 
     a_RI: torch.Tensor
     loras: tuple[Lora, ...]
     outline: Outline
+    border: Bordered | None
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -109,3 +139,7 @@ class Stack:
     def trainable(self) -> tuple[torch.nn.Parameter, ...]:
         """See `Outline`."""
         return self.outline.trainable
+
+
+def _length(span: slice) -> int:
+    return span.stop - span.start

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from zephyr_lite.plan.attention import Attention
 from zephyr_lite.plan.geometry import Geometry
+from zephyr_lite.plan.groups import groups_of
 from zephyr_lite.plan.ledger import Frame, Ledger
-from zephyr_lite.plan.products import Products, Returned, groups_of
+from zephyr_lite.plan.products import Products, Returned
 from zephyr_lite.plan.setting import Setting
 from zephyr_lite.plan.standing import FP32
 from zephyr_lite.plan.work import Work
@@ -76,8 +77,8 @@ class Layers:
         with self._ledger.frame() as frame:
             kept = self._attend_and_project(number, rows)
             frame.take(kept.total)
-            frame.take(rows.needed * self._f)  # h
             down = self._groups["down"]
+            frame.take(rows.needed * (self._f + self._room("down")))  # h
             s_down = frame.take(self._products.shrink(frame, rows.needed, down, number))
             y = self._products.product(frame, rows.needed, down.inputs, down.outputs)
             frame.take(y)
@@ -91,14 +92,14 @@ class Layers:
         Args: kept: bytes that its forward kept; 0: it is computed again.
         Returns: bytes of dx, and of the adapters' gradients; the caller takes both at once.
         """
-        gate_up = 2 * rows.needed * self._f
+        gate_up = self._gate_up(rows)
         with self._ledger.frame() as frame:
             s_down = rows.needed * self._groups["down"].ranks * self._element if kept else 0
             if not kept:
                 frame.take(self._attend_and_project(number, rows).total)
             dmid, grads = self._mlp_backward(number, rows, s_down)
             frame.take(dmid + grads)
-            part = "activations" if kept else "workspace"  # gate and up are gone from here on
+            part = "activations" if kept else "workspace"  # gate, up and S are gone from here on
             self._ledger.give(part, gate_up)
             dx, more = self._attention_backward(number, rows, wants_dx)
             self._ledger.take(part, gate_up)
@@ -114,15 +115,20 @@ class Layers:
             out=attention.out,
             lse=attention.lse,
             mid=rows.needed * self._d,
-            gate_up=2 * rows.needed * self._f,
-            shrunk=rows.tokens * ranks["qkv"] + rows.needed * (ranks["o"] + ranks["gate_up"]),
+            gate_up=self._gate_up(rows),
+            shrunk=rows.tokens * ranks["qkv"] + rows.needed * ranks["o"],
         )
+
+    def _gate_up(self, rows: Rows) -> int:
+        """gate and up, and their S, in the room behind them if they have some."""
+        group = self._groups["gate_up"]
+        return rows.needed * (2 * self._f + (group.room or group.ranks) * self._element)
 
     def _attend_and_project(self, number: int, rows: Rows) -> Kept:
         """Everything up to gate and up; what it returns, which the caller takes."""
         kept, t, u = self._kept(rows), rows.tokens, rows.needed
         with self._ledger.frame() as local:
-            local.take(t * self._d + kept.rstds)  # n1, which stays to the end
+            local.take(t * (self._d + self._room("qkv")) + kept.rstds)  # n1 stays to the end
             self._project(local, number, "qkv", rows)
             self._turn(local, rows)
             local.take(self._head_copies(rows))
@@ -130,7 +136,8 @@ class Layers:
             self._attention(rows).forward(local)
             local.take(kept.out + kept.lse)
             self._project(local, number, "o", rows)
-            local.take(u * self._d * (2 if rows.is_cut else 1))  # n2, and the residual's rows
+            # n2, and the residual's rows; room behind gate and up
+            local.take(u * self._d * (2 if rows.is_cut else 1) + 2 * u * self._room("gate_up"))
             self._project(local, number, "gate_up", rows)
         return kept
 
@@ -161,7 +168,8 @@ class Layers:
             local.pass_(self._swiglu_backward(u))
             grads = local.take(products.adapter_gradients(u, down, number))
             local.drop(found.dx + found.ds + found.db)
-            returned = self._returned(local, number, "gate_up", rows)
+            dmid = local.take(u * (self._d + self._room("o"))) if self._room("o") else 0
+            returned = self._returned(local, number, "gate_up", rows, given=dmid)
             local.take(u * self._d)  # n2
             grads += local.take(products.adapter_gradients(u, gate_up, number))
             local.pass_(self._squares(u, self._d))
@@ -174,7 +182,8 @@ class Layers:
         with self._ledger.frame() as local:
             self._returned(local, number, "o", rows)
             grads = local.take(products.adapter_gradients(u, o, number))
-            local.take(u * self._q + t * self._kv)  # gradients of q, k and v
+            room = 0 if rows.is_cut else t * self._room("qkv")
+            local.take(u * self._q + t * self._kv + room)  # gradients of q, k and v
             local.take(self._head_copies(rows))
             local.pass_(self._head_rows(rows) + self._squares(u, self._head_q))
             self._attention(rows).backward(local)
@@ -188,23 +197,41 @@ class Layers:
         return returned.dx, grads
 
     def _returned(
-        self, frame: Frame, number: int, name: str, rows: Rows, *, wants_dx: bool = True
+        self,
+        frame: Frame,
+        number: int,
+        name: str,
+        rows: Rows,
+        *,
+        wants_dx: bool = True,
+        given: int = 0,
     ) -> Returned:
-        """`projections.backward`: dX, dS and dB, which stay in the frame."""
-        group, count, dx = self._groups[name], self._input_rows(name, rows), 0
+        """`projections.backward`: dS, dB and dX, which stay in the frame.
+
+        given: bytes of where dX goes, which the caller took; 0: a tensor of its own.
+        """
+        group, count, products = self._groups[name], self._input_rows(name, rows), self._products
         is_cut = name == "qkv" and rows.is_cut
+        queries = rows.needed if is_cut else None
+        ds = db = dx = 0
+        if group.loras:
+            # dy of down came from outside; all others' were made with room behind them.
+            has_room = group.has_border and name != "down" and not is_cut
+            ds, db = products.rank_gradients(count, group, queries, has_room=has_room)
+            frame.take(ds + db)
         if wants_dx:
             q = self._q // self._element if is_cut else 0
-            dx = self._products.product(frame, count, group.outputs - q, group.inputs)
-            frame.take(dx)
+            dx = given or frame.take(
+                products.product(frame, count, group.outputs - q, group.inputs)
+            )
             if is_cut:  # q's part, and the rows that it is added to
-                frame.pass_(2 * self._products.product(frame, rows.needed, q, group.inputs))
-        if not group.loras:
-            return Returned(dx, 0, 0)
-        queries = rows.needed if is_cut else None
-        returned = self._products.backward(count, group, number, dx, queries)
-        frame.take(returned.ds + returned.db)
-        return returned
+                frame.pass_(2 * products.product(frame, rows.needed, q, group.inputs))
+            products.input_gradient(frame, count, group, number)
+        return Returned(dx, ds, db)
+
+    def _room(self, name: str) -> int:
+        """Bytes behind a row of a group's operands."""
+        return self._groups[name].room * self._element
 
     def _input_rows(self, name: str, rows: Rows) -> int:
         """Rows of a group's input: keys and values are of all tokens."""

@@ -31,6 +31,7 @@ from zephyr_lite.plan.standing import (
     gradient_bytes,
     master_bytes,
     optimizer_bytes,
+    pinned_bytes,
     slot_bytes,
     stack_bytes,
     weight_bytes,
@@ -41,9 +42,10 @@ from zephyr_lite.plan.work import Work
 # consumer cards see. cuBLAS' workspace: torch takes 32 MiB on Hopper, 8 before it, for each of two
 # threads, for autograd runs a GPU's backward in one of its own.
 CONTEXT_BYTES = 500 * 10**6 + 2 * 32 * 2**20
-# Not measured yet; benchmarks/questions/fragmentation.py asks a GPU. Requests are rounded up to 512
-# bytes; what is left of a block that is taken again, up to 1 MiB, is not split off unless segments
-# are expandable; and tensors of another micro-batch's sizes leave gaps in segments of 20 MiB.
+# Not measured yet; benchmarks/gpu/questions/fragmentation.py asks a GPU. Requests are rounded up to
+# 512 bytes; what is left of a block that is taken again, up to 1 MiB, is not split off unless
+# segments are expandable; and tensors of another micro-batch's sizes leave gaps in segments of
+# 20 MiB.
 SLACK_FRACTION, SLACK_BYTES = 0.03, 2 * 20 * 2**20
 # kernels' linear_logprob.py: rows and vocabulary entries of a tile on a CPU. A test compares them.
 TILE_ROWS, TILE_VOCAB = 1024, 1600
@@ -77,7 +79,8 @@ def host(geometry: Geometry, setting: Setting, cut: Cut, work: Work) -> HostPart
     pinned = ordinary = 0
     if cut.rest == "offload":
         waiting = max(0, geometry.layers - cut.keep)
-        pinned += waiting * work.tokens * geometry.hidden * setting.element
+        size = work.tokens * geometry.hidden * setting.element
+        pinned += waiting * pinned_bytes(size, setting)
     if cut.place == "host":
         masters = master_bytes(geometry, setting)
         pinned, ordinary = pinned + masters.pinned, masters.ordinary
@@ -131,12 +134,13 @@ class _Step:
 
     def _layout_bytes(self) -> int:
         """Indices, int64: ids and positions of tokens; the last layer's rows; targets, their rows,
-        and these among the last layer's; five for each token of a short segment, and on a GPU the
-        keys of the call and where each token's own stand among them, in two plans."""
+        and these among the last layer's; in two plans five for each token of a short segment, or on
+        a GPU the keys of the call and where each token's own stand among them."""
         w = self._work
-        short = sum(n for n in w.queries if n <= SHORT)
-        on_gpu = 2 * (w.keys + 2 * w.tokens) if self._setting.device == "cuda" else 0
-        return INT64 * (2 * w.tokens + self._last_rows.needed + 3 * w.scored + 10 * short + on_gpu)
+        planned = 5 * sum(n for n in w.queries if n <= SHORT)
+        if self._setting.device == "cuda":
+            planned = w.keys + 2 * w.tokens
+        return INT64 * (2 * w.tokens + self._last_rows.needed + 3 * w.scored + 2 * planned)
 
     def _rows(self, number: int) -> Rows:
         is_last = number == self._geometry.layers - 1

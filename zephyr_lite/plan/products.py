@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from zephyr_lite.plan.geometry import GROUPS, Geometry
+from zephyr_lite.plan.groups import Group, Lora
 from zephyr_lite.plan.ledger import Frame, Ledger
 from zephyr_lite.plan.setting import Setting
 from zephyr_lite.plan.standing import FP32
@@ -21,60 +21,12 @@ FP16 = 2
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Adapters of one projection: its place among the group's, outputs, ranks that train or not."""
-
-    name: str
-    outputs: int
-    trained: int
-    frozen: int
-
-    @property
-    def ranks(self) -> int:
-        """All of its ranks."""
-        return self.trained + self.frozen
-
-
-@dataclass(frozen=True)
-class Group:
-    """A group's stacked matrix [outputs, inputs] and its adapters."""
-
-    name: str
-    outputs: int
-    inputs: int
-    loras: tuple[Lora, ...]
-
-    @property
-    def ranks(self) -> int:
-        """Rows of the stacked A."""
-        return sum(lora.ranks for lora in self.loras)
-
-    @property
-    def trained(self) -> int:
-        """Of those the ones that train."""
-        return sum(lora.trained for lora in self.loras)
-
-
-@dataclass(frozen=True)
 class Returned:
     """What came back to a group, bytes: dX, dS, and dB of all its adapters."""
 
     dx: int
     ds: int
     db: int
-
-
-def groups_of(geometry: Geometry, setting: Setting) -> dict[str, Group]:
-    """The four groups of a layer."""
-    found = {}
-    for name, linears in GROUPS.items():
-        loras = tuple(
-            Lora(linear, geometry.linears[linear][0], setting.trained, setting.frozen)
-            for linear in linears
-            if linear in setting.targets
-        )
-        found[name] = Group(name, *geometry.group(name), loras)
-    return found
 
 
 class Products:
@@ -107,15 +59,14 @@ class Products:
             frame.drop(s)
         return s
 
-    def backward(
-        self, rows: int, group: Group, layer: int, dx: int, queries: int | None = None
-    ) -> Returned:
-        """dS, dB and what LoRA adds to dX, whose bytes are `dx` and already taken.
+    def rank_gradients(
+        self, rows: int, group: Group, queries: int | None = None, *, has_room: bool
+    ) -> tuple[int, int]:
+        """Bytes of dS, none where it has room elsewhere, and of dB.
 
         queries: rows of q's gradient where only those are needed.
         """
-        ds = rows * group.ranks * self._element
-        db = sum(lora.trained * lora.outputs * FP32 for lora in group.loras)
+        ds = 0 if has_room else rows * group.ranks * self._element
         with self._ledger.frame() as local:
             local.take(ds)
             for lora in group.loras:
@@ -124,9 +75,19 @@ class Products:
                 one_read = self._one_read(some, lora)
                 local.pass_(some * lora.ranks * self._element + copies + one_read)
                 local.take(lora.trained * lora.outputs * FP32)
-            if dx and self._drops:
-                self._input_backward(local, rows, group, layer)
-        return Returned(dx, ds, db)
+        return ds, sum(lora.trained * lora.outputs * FP32 for lora in group.loras)
+
+    def input_gradient(self, frame: Frame, rows: int, group: Group, layer: int) -> None:
+        """What dropout adds to dX on a CPU: dS A and a mask for each adapter, the one before not
+        yet let go of."""
+        if not (self._drops and self._is_cpu):
+            return
+        size = rows * group.inputs * FP32
+        for number, lora in enumerate(group.loras):
+            frame.take(size)
+            frame.pass_(size if number else 0)
+            frame.pass_(self._mask(frame, rows, group.inputs, (layer, lora.name)))
+            frame.drop(size)
 
     def adapter_gradients(self, rows: int, group: Group, layer: int) -> int:
         """dA and dB with its scale: the gradients that are handed to autograd."""
@@ -147,17 +108,6 @@ class Products:
     @property
     def _drops(self) -> bool:
         return self._setting.dropout and self._setting.trained > 0
-
-    def _input_backward(self, frame: Frame, rows: int, group: Group, layer: int) -> None:
-        """A CPU forms dS A and a mask for each adapter, the one before not yet let go of."""
-        if not self._is_cpu:
-            return
-        size = rows * group.inputs * FP32
-        for number, lora in enumerate(group.loras):
-            frame.take(size)
-            frame.pass_(size if number else 0)
-            frame.pass_(self._mask(frame, rows, group.inputs, (layer, lora.name)))
-            frame.drop(size)
 
     def _mask(self, frame: Frame, rows: int, width: int, key: tuple[int, str]) -> int:
         """A mask in fp32, of bools that the last few calls for one are remembered with.

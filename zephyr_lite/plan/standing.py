@@ -6,6 +6,7 @@ All sizes are bytes, found from shapes alone; `e` is an element of the compute d
 from __future__ import annotations
 
 from zephyr_lite.plan.geometry import Geometry
+from zephyr_lite.plan.groups import groups_of
 from zephyr_lite.plan.ledger import HostParts
 from zephyr_lite.plan.setting import Setting
 
@@ -24,13 +25,13 @@ def weight_bytes(geometry: Geometry, setting: Setting) -> int:
 
     NF4: two codes a byte; a scale a block of 64, fp32, or a byte and an fp32 a group of 256 scales,
     the 256 values of that byte and an offset; 16 levels: all for each tensor. A CPU also keeps
-    every matrix that it dequantised. Plain weights: e.
+    every matrix that it dequantised, adapters in its border. Plain weights: e.
     """
     sizes = [n * k for n, k in geometry.linears.values()]
     if setting.quantization == "none":
         return geometry.layers * sum(sizes) * setting.element
     stored = sum(_nf4_bytes(size, setting.double_quant) for size in sizes)
-    dense = sum(sizes) * setting.element if setting.device == "cpu" else 0
+    dense = _dense_bytes(geometry, setting) if setting.device == "cpu" else 0
     return geometry.layers * (stored + dense)
 
 
@@ -62,8 +63,13 @@ def slot_bytes(geometry: Geometry, setting: Setting) -> int:
     """
     if setting.device == "cpu" or (setting.quantization, setting.gemm) == ("none", "exact"):
         return 0
+    return _dense_bytes(geometry, setting)
+
+
+def _dense_bytes(geometry: Geometry, setting: Setting) -> int:
+    """A layer's dense weights, with the adapters in their border where that pays."""
     element = 2 if setting.gemm == "fp16acc" else setting.element
-    return element * geometry.weights // geometry.layers
+    return element * sum(group.dense for group in groups_of(geometry, setting).values())
 
 
 def adapter_bytes(geometry: Geometry, setting: Setting, *, on_host: bool) -> int:
@@ -75,9 +81,8 @@ def adapter_bytes(geometry: Geometry, setting: Setting, *, on_host: bool) -> int
 
 
 def stack_bytes(geometry: Geometry, setting: Setting) -> int:
-    """A layer's adapters in the compute dtype, which its forward makes and its graph holds."""
-    ranks = setting.frozen + setting.trained
-    return setting.element * geometry.adapter_weights(ranks, setting.targets) // geometry.layers
+    """A layer's adapters in the compute dtype, where they do not lie in a border."""
+    return setting.element * sum(group.stack for group in groups_of(geometry, setting).values())
 
 
 def gradient_bytes(geometry: Geometry, setting: Setting, *, on_host: bool) -> int:
@@ -115,9 +120,17 @@ def master_bytes(geometry: Geometry, setting: Setting) -> HostParts:
     fp32. Ordinary: two fp32 states, and a step of 4 bytes a tensor.
     """
     weights = aligned_weights(geometry, setting)
-    rounded = setting.element if setting.element < FP32 else 0
+    elements = [FP32, FP32, *([setting.element] if setting.element < FP32 else [])]
+    pinned = sum(pinned_bytes(element * weights, setting) for element in elements)
     states = sum(2 * FP32 * n + FP32 for n in trained_tensors(geometry, setting))
-    return HostParts((2 * FP32 + rounded) * weights, geometry.layers * states)
+    return HostParts(pinned, geometry.layers * states)
+
+
+def pinned_bytes(size: int, setting: Setting) -> int:
+    """What one tensor that a GPU copies from takes of host memory: torch pins powers of two."""
+    if setting.device == "cpu":
+        return size
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def trained_tensors(geometry: Geometry, setting: Setting) -> list[int]:

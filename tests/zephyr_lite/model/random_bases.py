@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
 from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.layout import Layout, document_layout, pair_layout
 from zephyr_lite.model.adapters import activate, set_dropout
+from zephyr_lite.model.frozen_weights import FrozenWeight
 from zephyr_lite.model.policy import Policy, make_policy
 from zephyr_lite.recipe import Memory
 
@@ -123,3 +125,12 @@ def passage(rng: np.random.Generator, text: np.ndarray, length: int) -> np.ndarr
     """Some ids that follow each other."""
     start = rng.integers(0, len(text) - length + 1)
     return text[start : start + length]
+
+
+def with_border(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lay adapters in a border of the frozen weights, as around those that were dequantised."""
+    monkeypatch.setattr(
+        FrozenWeight,
+        "bordered",
+        lambda frozen, ranks: frozen.slot.fill(frozen, frozen.dtype, ranks),
+    )

@@ -18,7 +18,7 @@ from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.model.attention import to_device
 from zephyr_lite.model.frozen_weights import FrozenWeight, Gemm, Slot, dequantised, is_misread
 from zephyr_lite.model.layer import Saved
-from zephyr_lite.model.native import NativeEngine
+from zephyr_lite.model.native import GROUPS, NativeEngine
 from zephyr_lite.recipe import Lora
 
 CPU = torch.device("cpu")
@@ -155,9 +155,9 @@ def test_a_weight_that_bitsandbytes_misreads_is_known(nested: bool) -> None:
     assert is_misread(linear)
 
 
-def as_on_a_gpu(frozen: FrozenWeight) -> None:
-    """Make a frozen weight dequantise into its slot, as it does where memory is dear."""
-    frozen.dense_OI = None
+def as_on_a_gpu(frozen: FrozenWeight, slot: Slot) -> None:
+    """Make a frozen weight dequantise into a slot that others share, as where memory is dear."""
+    frozen.slot = slot
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_a_slot_dequantises_when_another_asks_and_only_then(calls: list[int]) ->
     )
     truths = {frozen: frozen.weight() for frozen in (small, large)}
     for frozen in truths:
-        as_on_a_gpu(frozen)
+        as_on_a_gpu(frozen, slot)
     calls.clear()
     for frozen in (small, small, large, large, small, large):
         found = frozen.weight()
@@ -190,6 +190,25 @@ def test_a_slot_dequantises_when_another_asks_and_only_then(calls: list[int]) ->
     assert calls == [12 * 64, 100 * 64, 12 * 64, 100 * 64]
     assert slot.buffer is not None and slot.buffer.numel() == 100 * 64
     assert large.weight().untyped_storage().data_ptr() == slot.buffer.data_ptr()
+
+
+@quants
+def test_a_border_lies_around_the_same_weights(nested: bool, calls: list[int]) -> None:
+    """Rows lie multiples of 16 elements apart, and a change of rank lays the weights out again."""
+    frozen = FrozenWeight(quantised(*SHAPES, nested=nested, dtype=torch.float32), torch.float32)
+    truth = frozen.weight().clone()
+    for ranks in (5, 5, 16):
+        border = frozen.bordered(ranks)
+        assert border is not None and torch.equal(border.w_OI, truth)
+        assert border.w_OI.stride(0) % 16 == 0
+        rows, width = 71, border.w_OI.stride(0)
+        whole = border.w_OI.as_strided((rows + ranks, width), (width, 1))
+        border.b_OR.fill_(2.0)
+        border.a_RI.fill_(3.0)
+        assert torch.equal(whole[:rows, 64 : 64 + ranks], border.b_OR)
+        assert torch.equal(whole[rows:, :64], border.a_RI) and torch.equal(border.w_OI, truth)
+    assert len(calls) == 3, "once without a border, once for each"
+    assert FrozenWeight(plain(False), torch.float32).bordered(4) is None, "the model's own memory"
 
 
 def test_a_slot_changes_its_dtype_when_another_is_asked_for(calls: list[int]) -> None:
@@ -201,7 +220,7 @@ def test_a_slot_changes_its_dtype_when_another_is_asked_for(calls: list[int]) ->
     wide = torch.empty(9, 64)
     weights[0].dequantise(wide)
     for frozen in weights:
-        as_on_a_gpu(frozen)
+        as_on_a_gpu(frozen, slot)
     calls.clear()
     for gemm, dtype in (("exact", torch.bfloat16), ("fp16acc", torch.float16)) * 2:
         for frozen in (weights[0], weights[0], weights[1]):
@@ -231,17 +250,16 @@ def test_no_layer_reads_a_weight_that_another_overwrote(
         model = add_adapter(load_tiny(), "dpo", Lora(r=4), seed=0)
         shake(model, "dpo")
         engine = NativeEngine(model, torch.float32, saved=saved, gemm=gemm)
-        for group in (g for layer in engine.layers for g in layer.groups):
-            if shares:
-                as_on_a_gpu(group.frozen)
-            else:
-                group.frozen.slot = Slot()
+        slots = [Slot() for _ in GROUPS]
+        for layer in engine.layers if shares else ():
+            for group, slot in zip(layer.groups, slots, strict=True):
+                as_on_a_gpu(group.frozen, slot)
         calls.clear()
         hidden = engine.predicting(layout)
         leaves = [p for p in model.parameters() if p.requires_grad]
         results.append([hidden, *torch.autograd.grad(hidden.square().sum(), leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    # The last layer's lie there still when its backward begins; the first has no use for q, k and
-    # v in it, unless it computes them again.
-    layers = len(engine.layers)
-    assert len(calls) == 2 * 4 * layers - 4 - (saved == "keep")
+    # The last layer's lie there still when its backward begins. Without a border for adapters the
+    # first has no use for q, k and v in it, unless it computes them again.
+    layers, is_bare = len(engine.layers), gemm == "fp16acc"
+    assert len(calls) == 2 * 4 * layers - 4 - (is_bare and saved == "keep")

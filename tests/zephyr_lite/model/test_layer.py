@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from layer_truth import layer_output, relative, turns
-from random_bases import random_model
+from random_bases import random_model, with_border
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from zephyr_kernels import reference
 
 from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.layout import Layout, document_layout, pair_layout
+from zephyr_lite.model import group
 from zephyr_lite.model import layer as layer_module
 from zephyr_lite.model.attention import to_device
 from zephyr_lite.model.layer import Call, Layer, Saved, run
@@ -74,6 +76,7 @@ CASES = {
     "inactive": Case(adapters=BOTH, active=("sft",), trains="sft"),
     "frozen only": Case(adapters=BOTH, active=("sft",), trains=None),
     "some linears": Case(adapters={"dpo": {"target_modules": ["k_proj", "o_proj", "up_proj"]}}),
+    "queries only": Case(adapters={"dpo": {"target_modules": ["q_proj"]}}),
     "values only": Case(adapters={"dpo": {"target_modules": ["v_proj"]}}, trimmed=True),
     "unlike linears": Case(
         adapters={"sft": {"target_modules": ["q_proj", "v_proj"]}, "dpo": UNLIKE},
@@ -101,6 +104,14 @@ def _fresh_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[False, True], ids=["as held", "bordered"])
+def border(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Adapters apart from the weights, or in a border around them, as around dequantised ones."""
+    if request.param:
+        with_border(monkeypatch)
+    return request.param
 
 
 def random_like(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -154,10 +165,10 @@ def dropout_factors(
     Behind the attention a mask is drawn for the rows that are computed; the others' are not read.
     """
     factors = {}
-    for number, group in enumerate(NativeEngine(model, dtype).layers[0].groups):
+    for number, part in enumerate(NativeEngine(model, dtype).layers[0].groups):
         rows = torch.arange(tokens) if rows_U is None or number == 0 else rows_U
-        spans = iter(group.outline(seed + 8 * number).stack().spans)
-        for module in group.modules:
+        spans = iter(part.outline(seed + 8 * number).stack().spans)
+        for module in part.modules:
             a_RD = module.lora_A["dpo"].weight
             start, stop, drop = next(spans)
             assert stop - start == len(a_RD), "a span is one adapter's ranks"
@@ -178,17 +189,20 @@ def assert_close(found: Result, truth: Result, plain: Result | None, limit: floa
 
 
 @cases
+@pytest.mark.usefixtures("border")
 def test_equals_the_composition_in_fp64(case: Case) -> None:
     assert_close(ours(case, torch.float64, "keep"), composed(case, torch.float64), None, LIMIT_FP64)
 
 
 @cases
+@pytest.mark.usefixtures("border")
 def test_fp32_is_as_close_to_fp64_as_the_composition(case: Case) -> None:
     truth, plain = composed(case, torch.float64), composed(case, torch.float32)
     assert_close(ours(case, torch.float32, "keep"), truth, plain, LIMIT_FP32)
 
 
 @cases
+@pytest.mark.usefixtures("border")
 def test_the_policies_are_equal_bit_for_bit(case: Case) -> None:
     keep, *others = (ours(case, torch.float32, saved, SEED) for saved in POLICIES)
     for other in others:
@@ -205,10 +219,55 @@ DROPPED = {
 
 @pytest.mark.parametrize("saved", POLICIES)
 @pytest.mark.parametrize("case", DROPPED.values(), ids=list(DROPPED))
+@pytest.mark.usefixtures("border")
 def test_dropout_equals_the_composition_with_its_masks(case: Case, saved: Saved) -> None:
     truth = composed(case, torch.float64, SEED)
     assert_close(ours(case, torch.float64, saved, SEED), truth, None, LIMIT_FP64)
     assert relative(composed(case, torch.float64)["y"], truth["y"]) > 1e-2, "it does something"
+
+
+class AddedProducts(TorchDispatchMode):
+    """How many products are added to a result that another one wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.addmm_.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_border_saves_the_passes_over_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but o's in the forward, whose input is attention's own, and down's in the backward."""
+    case, counts = STACKED, []
+    for _ in range(2):
+        with AddedProducts() as forward:
+            model = case.model(torch.float32)
+            layer = NativeEngine(model, torch.float32).layers[0]
+            x = random_like((case.layout().n_tokens, 40), 1, torch.float32).requires_grad_()
+            y = run(x, layer, call_of(case, torch.float32, "keep"))
+        with AddedProducts() as backward:
+            y.sum().backward()
+        counts.append((forward.count, backward.count))
+        with_border(monkeypatch)
+    assert counts == [(7, 4), (1, 1)]
+
+
+def test_zeros_that_cost_more_than_they_save_are_not_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """B of q, k and v side by side is zeros for two thirds; of o alone none are."""
+    with_border(monkeypatch)
+    layer = NativeEngine(Case().model(torch.float32), torch.float32).layers[0]
+    ranks = layer.qkv.outline(None).ranks
+    assert layer.qkv.outline(None).wasted(sum(layer.qkv.widths)) == pytest.approx(ranks * 2 / 3)
+    assert layer.o.outline(None).wasted(sum(layer.o.widths)) == 0
+    for limit, expected in ((256, True), (0, False)):
+        monkeypatch.setattr(group, "MOST_WASTED", limit)
+        assert (layer.qkv.stack(layer.qkv.outline(None)).border is not None) == expected
+        assert layer.o.stack(layer.o.outline(None)).border is not None
+    assert layer.qkv.stack(layer.qkv.outline(None, "fp16acc")).border is None, "W is fp16 there"
 
 
 @pytest.mark.parametrize("trimmed", [False, True], ids=["whole", "trimmed"])
@@ -288,82 +347,6 @@ def test_the_input_and_the_incoming_gradient_are_left_alone() -> None:
         dy_before = dy.clone()
         run(x, layer, call_of(STACKED, torch.float32, saved)).backward(dy)
         assert torch.equal(x.detach(), x_before) and torch.equal(dy, dy_before), saved
-
-
-# ---------------------------------------------------------------- bytes
-
-MISTRAL_7B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "num_hidden_layers": 1, "vocab_size": 8,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def meta_models() -> dict[int, Any]:
-    """One layer of Mistral-7B in bf16 without data, under no adapter and ranks 16 + 128."""
-    found = {}
-    for rank, adapters in {0: {}, 144: {"sft": {"r": 16}, "dpo": {"r": 128}}}.items():
-        with torch.device("meta"):
-            model = random_model(
-                MistralConfig(**MISTRAL_7B), adapters, list(adapters), "dpo" if adapters else None
-            )
-        for name, parameter in model.named_parameters():
-            if "lora_" not in name:  # masters stay fp32
-                parameter.data = parameter.data.to(torch.bfloat16)
-        found[rank] = model
-    return found
-
-
-def bytes_waiting(model: Any, saved: Saved, tokens: int) -> int:
-    """Bytes of every storage that the layer's node holds until its backward.
-
-    Not counted: the call, whose cos and sin are one for all layers, and the model's own parameters.
-    """
-    layer = NativeEngine(model, torch.bfloat16).layers[0]
-    layout = document_layout([(np.arange(tokens), np.zeros(tokens, bool))])
-    plan = to_device(layout, CPU).plan
-    turn_TP = torch.empty(tokens, 64, device="meta")
-    x = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    y: Any = run(x, layer, Call(plan, turn_TP, turn_TP, 128**-0.5, saved, None, None))
-    held = [v for k, v in vars(y.grad_fn).items() if k not in ("call", "layer")]
-    storages = {}
-    for tensor in tensors_in([*held, list(y.grad_fn.saved_tensors)]):
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
-
-
-def tensors_in(x: Any) -> Iterator[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif dataclasses.is_dataclass(x):
-        for part in dataclasses.fields(x):
-            yield from tensors_in(getattr(x, part.name))
-    elif isinstance(x, (list, tuple)):
-        for part in x:
-            yield from tensors_in(part)
-
-
-def bytes_per_token(model: Any, saved: Saved) -> float:
-    """The slope, so that what does not grow with tokens is no part of it."""
-    return (bytes_waiting(model, saved, 2048) - bytes_waiting(model, saved, 1024)) / 1024
-
-
-@pytest.mark.parametrize("rank", [0, 144])
-def test_bytes_a_token_and_layer_at_mistral_7b(meta_models: dict[int, Any], rank: int) -> None:
-    """In bf16 on meta tensors, lse and rstd in fp32: x, qkv, out, mid, gate and up, and every S."""
-    assert bytes_per_token(meta_models[rank], "keep") == 94_344 + 14 * rank <= 94_400 + 14 * rank
-    assert bytes_per_token(meta_models[rank], "lean") == 8_192 <= 8_300
-
-
-def test_norms_of_heads_keep_nothing_more() -> None:
-    """What is kept of q and k is what was normed."""
-    with torch.device("meta"):
-        model = random_model(Qwen3Config(**MISTRAL_7B, head_dim=128), {}, (), None)
-    model = model.to(torch.bfloat16)
-    assert bytes_per_token(model, "keep") == 94_344
-    assert bytes_per_token(model, "lean") == 8_192
 
 
 def test_offload_keeps_nothing_of_the_tokens_on_the_device() -> None:

@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig
 from zephyr_lite.data.layout import Layout
 from zephyr_lite.model.attention import to_device
 from zephyr_lite.model.frozen_weights import Gemm
+from zephyr_lite.model.group import Group
 from zephyr_lite.model.policy import Policy, make_policy
-from zephyr_lite.model.projections import Group
 from zephyr_lite.recipe import Memory
 
 # Nats, and relative of one tensor: what two ways of rounding the same sums may differ by in fp32.

@@ -115,20 +115,22 @@ def _neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, invers
     attention_rotate(x, cos, sin, interleaved=True, inverse=inverse)
 
 
-def _no_gain(x: torch.Tensor, gain: torch.Tensor, eps: float) -> Any:
-    return layer_rms_norm(x, torch.ones_like(gain), eps)
+def _no_gain(x: torch.Tensor, gain: torch.Tensor, eps: float, out: Any = None) -> Any:
+    return layer_rms_norm(x, torch.ones_like(gain), eps, out)
 
 
-def _large_eps(x: torch.Tensor, gain: torch.Tensor, eps: float) -> Any:
-    return layer_rms_norm(x, gain, 1000 * eps)
+def _large_eps(x: torch.Tensor, gain: torch.Tensor, eps: float, out: Any = None) -> Any:
+    return layer_rms_norm(x, gain, 1000 * eps, out)
 
 
-def _no_residual(delta: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, eps: float) -> Any:
-    return layer_rms_norm(delta, gain, eps)
+def _no_residual(
+    delta: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, eps: float, out: Any = None
+) -> Any:
+    return layer_rms_norm(delta, gain, eps, out)
 
 
-def _swapped(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return layer_swiglu(up, gate)
+def _swapped(gate: torch.Tensor, up: torch.Tensor, out: Any = None) -> torch.Tensor:
+    return layer_swiglu(up, gate, out)
 
 
 attention_rotate, layer_rms_norm = layer_module.rotate_, layer_module.rms_norm

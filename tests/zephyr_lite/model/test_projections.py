@@ -12,7 +12,7 @@ from transformers import Qwen2Config
 
 from zephyr_lite.model import projections
 from zephyr_lite.model.adapters import activate
-from zephyr_lite.model.projections import Group, Part
+from zephyr_lite.model.group import Group, Part
 
 TOKENS, WIDTH = 11, 24
 LIMIT_FP32 = 1e-6

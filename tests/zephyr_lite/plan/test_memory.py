@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import LiveBytes, tensors_in
-from plan_cases import CASES, Case
 from zephyr_kernels import attention, fp16acc, linear_logprob, lora, reference
 
+from plans.cases import CASES, Case
+from plans.live_bytes import LiveBytes, tensors_in
+from zephyr_lite.model import frozen_weights, group
 from zephyr_lite.plan import attention as planned_attention
-from zephyr_lite.plan import memory, products
+from zephyr_lite.plan import groups, memory, products
 from zephyr_lite.plan.geometry import Geometry
 from zephyr_lite.plan.memory import host, peak
 from zephyr_lite.plan.setting import Cut, Setting
@@ -35,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_plan_is_the_peak_of_live_bytes(case: Case, models: Path, one_thread: None):
-    from plan_rig import run
+    from plans.rig import run
 
     outcome = run(case, models)
     passing = outcome.parts.activations + outcome.parts.workspace
@@ -45,8 +46,8 @@ def test_the_plan_is_the_peak_of_live_bytes(case: Case, models: Path, one_thread
 
 def test_another_policy_is_another_plan(models: Path, one_thread: None):
     """The comparison sees what it is there to see: bytes of the wrong policy are far off."""
-    from plan_rig import cut_of, run, setting_of
-    from plan_rig import geometry as of
+    from plans.rig import cut_of, run, setting_of
+    from plans.rig import geometry as of
 
     case = CASES[0]
     outcome, geometry = run(case, models), of(case)
@@ -173,11 +174,15 @@ def test_a_first_micro_batch_has_no_gradients_yet():
 
 
 def test_what_waits_in_host_memory():
-    """train/masters.py: 18 bytes a weight, 10 of them pinned."""
+    """train/masters.py: 18 bytes a weight, 10 of them pinned; torch pins powers of two."""
     work, weights = documents_work([2048]), MISTRAL.adapter_weights(128)
     setting = replace(DPO, optimizer="adamw")
     waits = host(MISTRAL, setting, Cut(2048, 32, place="host"), work)
-    assert waits.pinned == 10 * weights
+    assert waits.pinned == 2 * 2**31 + 2**30 > 10 * weights
+    on_cpu = host(
+        MISTRAL, replace(setting, device="cpu", element=4), Cut(2048, 32, place="host"), work
+    )
+    assert on_cpu.pinned == 8 * weights, "fp32 masters are their own copy"
     assert waits.ordinary == pytest.approx(8 * weights, rel=1e-4)
     parts = peak(MISTRAL, setting, Cut(2048, 32, place="host"), work)
     assert (parts.optimizer, parts.gradients) == (0, 4 * weights)
@@ -219,5 +224,6 @@ def test_sizes_are_those_of_the_kernels():
     assert (products.RANKS_AT_MOST, products.A_CHUNK) == (lora.MAX_BLOCK_R, lora.A_CHUNK_T)
     assert (products.PIECE_K, products.K_ALIGNMENT) == (fp16acc.PIECE_K, fp16acc.ALIGNMENT)
     assert reference._recent_mask.cache_parameters()["maxsize"] == products.MASKS
+    assert (groups.MOST_WASTED, groups.ROW_STEP) == (group.MOST_WASTED, frozen_weights.ROW_STEP)
     for width in (64, 4096, 4160, 14336, 28672):
         assert products._pieces(width) == len(fp16acc.pieces_of(width))

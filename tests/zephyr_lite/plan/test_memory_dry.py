@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plan_dry import geometry, live_bytes
 
+from plans.dry import geometry, live_bytes
 from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.layout import Layout, document_layout, pair_layout
 from zephyr_lite.plan.memory import host, peak
