@@ -156,7 +156,9 @@ class Bench:
     @cached_property
     def _flush_buffer(self) -> torch.Tensor:
         l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-        return torch.empty(max(4 * l2_bytes, 64 << 20), dtype=torch.uint8, device=self.device)
+        # Overwriting it must take longer than a launch from Python, or a short kernel's time would
+        # be that of waiting for its launch: 0.5 GB are 0.12 ms on an H200, more elsewhere.
+        return torch.empty(max(4 * l2_bytes, 512 << 20), dtype=torch.uint8, device=self.device)
 
     # ---- ceilings
 

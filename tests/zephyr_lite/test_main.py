@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
 
 from zephyr_lite.cli import main
 from zephyr_lite.errors import MachineError, Stopped
@@ -50,16 +51,13 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
     assert "Traceback (most recent call last)" in err and err.count("error: ") == 1
 
 
-class OutOfMemoryError(RuntimeError):
-    """torch's has this name; it cannot be raised without torch."""
-
-
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
         (OSError(28, "No space left on device", "x"), 5, "No space left on device: 'x'"),
         (MemoryError(), 3, "out of memory"),
-        (OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), 3, "tokens_per_micro_batch"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), 3, "tokens_per_micro_batch"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 3, "tokens_per_micro_batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "out of memory"),
         (MachineError("no GPU", hint="get one"), 3, "hint: get one"),
         (KeyboardInterrupt(), 130, "stopped: stopped"),
