@@ -82,3 +82,26 @@ class Stopped(ZephyrError):
     def __init__(self, message: str, *, exit_code: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = exit_code
+
+
+# How a GPU says it where torch's allocator was not asked: cuBLAS for its workspace, the driver for
+# what a kernel needs beside its arguments. In all of them an allocation was refused and nothing was
+# begun, so the context lives. Any other CUDA error (an illegal address, a failed assert) is sticky:
+# every later call fails by it, and to do a step again would only hide where it began.
+REFUSED = (
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "cudaErrorMemoryAllocation",
+    "Triton Error [CUDA]: out of memory",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says by an error that a device's memory is full, and the device works on.
+
+    Beside its own class torch has plain RuntimeErrors (cuBLAS) and AcceleratorErrors (the driver,
+    also at a kernel's launch), which bear other news too: they are told by their text, `REFUSED`.
+    All by the classes' names, so that nobody imports torch to ask; what is derived from them is
+    not looked at, for errors of ours may quote such a text.
+    """
+    kind = type(error).__name__
+    told = kind in ("RuntimeError", "AcceleratorError")
+    return kind == "OutOfMemoryError" or (told and any(text in str(error) for text in REFUSED))

@@ -6,14 +6,19 @@ import logging
 import operator
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zephyr_lite.errors import MachineError, RecipeError, StorageError, ZephyrError
+from zephyr_lite.errors import (
+    MachineError,
+    RecipeError,
+    StorageError,
+    ZephyrError,
+    is_out_of_memory,
+)
 from zephyr_lite.stopping import Interrupted, Stop
 
 if TYPE_CHECKING:
@@ -126,15 +131,6 @@ def _check_section(recipe: Recipe, needs: str) -> None:
         raise RecipeError(f"recipe {recipe.name} has no section {needs}: there is nothing to do")
 
 
-def _is_of_the_device(error: BaseException) -> bool:
-    """Whether a GPU's memory ran out; without torch there is none."""
-    if "torch" not in sys.modules:
-        return False
-    from zephyr_lite.train.fitting import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
 def as_ours(error: BaseException, signalled: int | None) -> ZephyrError:
     """What Python or a library raised, in our family: a signal, memory, I/O, else a bug."""
     if isinstance(error, KeyboardInterrupt):  # before our handler stood
@@ -142,7 +138,7 @@ def as_ours(error: BaseException, signalled: int | None) -> ZephyrError:
     if signalled is not None:  # a library may have made another error of what our handler raised
         return Interrupted(signalled).stopped
     text = next(iter(str(error).splitlines()), "")[:200]
-    is_memory = isinstance(error, MemoryError) or _is_of_the_device(error)
+    is_memory = isinstance(error, MemoryError) or is_out_of_memory(error)
     if is_memory or "can't allocate memory" in text:
         hint = "lower memory.tokens_per_micro_batch, or set memory.checkpointing=full"
         return MachineError(f"out of memory: {text}", hint=hint)

@@ -70,6 +70,15 @@ def test_every_error_has_its_exit_code(capsys, error, status, text):
     assert text in err and "Traceback" not in err
 
 
+def test_a_library_that_is_missing_is_no_traceback(capsys, monkeypatch):
+    """Nothing that needs it may be imported to say so."""
+    for name in [name for name in sys.modules if name.startswith("zephyr_lite.train")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    status, err = _outcome(capsys, ModuleNotFoundError("No module named 'bitsandbytes'"))
+    assert status == 1 and "'bitsandbytes'" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_a_library_turned_into_an_error_is_a_stop(capsys, number):
     """transformers does: a lazy import that is interrupted becomes ModuleNotFoundError."""

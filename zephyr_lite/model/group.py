@@ -84,20 +84,27 @@ class Group:
             )
         self.modules = tuple(modules)
 
-    def report(self) -> str:
-        """What the group multiplies with, for a person: the frozen matrix and ranks by adapter."""
+    def report(self, gemm: Gemm = "exact") -> str:
+        """What the group multiplies with, for a person: the frozen matrix, ranks by adapter, and
+        which of the two ways around a dequantised matrix they go."""
         ranks: dict[str, list[int]] = {}
         for module in self.modules:
             for name, half in getattr(module, "lora_A", {}).items():
                 ranks.setdefault(name, []).append(half.weight.shape[0])
         found = [f"{name} r {'+'.join(map(str, r))}" for name, r in ranks.items()]
+        if found and self.frozen.packed:
+            pays = self._border_pays(self.outline(None, gemm))
+            found.append("in its border" if pays else "added to its products")
         return ", ".join([self.frozen.kind, *found])
 
     def stack(self, outline: Outline) -> Stack:
         """The adapters' numbers, in W's border where one product with it pays."""
-        pays = outline.ranks > 0 and outline.wasted(sum(self.widths)) <= MOST_WASTED
-        border = self.frozen.bordered(outline.ranks) if pays and outline.gemm == "exact" else None
-        return outline.stack(border)
+        pays = self._border_pays(outline)
+        return outline.stack(self.frozen.bordered(outline.ranks) if pays else None)
+
+    def _border_pays(self, outline: Outline) -> bool:
+        is_possible = outline.ranks > 0 and outline.gemm == "exact"
+        return is_possible and outline.wasted(sum(self.widths)) <= MOST_WASTED
 
     def outline(self, seed: int | None, gemm: Gemm = "exact") -> Outline:
         """The adapters as they stand now; `seed` draws the dropout masks (None: no dropout)."""

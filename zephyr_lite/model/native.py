@@ -99,7 +99,7 @@ class NativeEngine:
         words = ", ".join(f"{n} {kind}" if n < count else kind for n, kind in saved if n)
         found = [f"{count} layers of model/layer.py, {words}{normed}"]
         for number, name in enumerate(GROUPS):
-            kinds = Counter(layer.groups[number].report() for layer in self.layers)
+            kinds = Counter(layer.groups[number].report(self.gemm) for layer in self.layers)
             found += [f"{name} of {n} layers: {text}" for text, n in kinds.items()]
         return found
 

@@ -168,7 +168,8 @@ def _start_rank(recipe: Recipe) -> int | None:
     found = find_start(start, offline=True)
     if found.kind == "model":
         return 0
-    rank = read_json(found.folder / CONFIG)["r"]
+    config = read_json(found.folder / CONFIG)
+    rank = config.get("r") if isinstance(config, dict) else None
     if not isinstance(rank, int) or rank < 1:
         raise RecipeError(f"{found.key}: r in its {CONFIG} is {rank!r}, not a rank")
     return rank

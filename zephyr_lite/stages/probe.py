@@ -14,7 +14,7 @@ import torch
 
 from zephyr_lite.data.encoded import EncodedPair
 from zephyr_lite.data.layout import Layout, document_layout, pair_layout
-from zephyr_lite.errors import MachineError
+from zephyr_lite.errors import MachineError, is_out_of_memory
 from zephyr_lite.model.adapters import add_adapter
 from zephyr_lite.plan.roofline import micro_batch_seconds, step_seconds
 from zephyr_lite.plan.schedule import Candidate, Training
@@ -22,7 +22,6 @@ from zephyr_lite.plan.work import Work
 from zephyr_lite.recipe import Lora
 from zephyr_lite.report import quantities
 from zephyr_lite.stages.context import Context
-from zephyr_lite.train.fitting import is_out_of_memory
 from zephyr_lite.train.masters import make_masters
 
 STEPS = 2

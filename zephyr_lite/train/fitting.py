@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from zephyr_lite.errors import MachineError
+from zephyr_lite.errors import MachineError, is_out_of_memory
 from zephyr_lite.model.native import NativeEngine
 from zephyr_lite.model.policy import Policy
 from zephyr_lite.train.masters import Masters
@@ -29,29 +29,8 @@ ROUNDED = "results are the same but for rounding"
 # bitsandbytes: smaller tensors have fp32 states; states share a scale by blocks; smaller than this
 # they are not paged.
 LEAST_8BIT, BLOCK, LEAST_PAGED = 4096, 256, 100_000
-# How a GPU says it where torch's allocator was not asked: cuBLAS for its workspace, the driver for
-# what a kernel needs beside its arguments. In all of them an allocation was refused and nothing was
-# begun, so the context lives. Any other CUDA error (an illegal address, a failed assert) is sticky:
-# every later call fails by it, and to do a step again would only hide where it began.
-REFUSED = (
-    "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "cudaErrorMemoryAllocation",
-    "Triton Error [CUDA]: out of memory",
-)  # fmt: skip
 
 Result = TypeVar("Result")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says by an error that a device's memory is full, and the device works on.
-
-    Beside its own class torch has plain RuntimeErrors (cuBLAS) and AcceleratorErrors (the driver,
-    also at a kernel's launch), which bear other news too: they are told by their text, `REFUSED`.
-    What is derived from these classes is not looked at: errors of ours may quote such a text.
-    """
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    told = type(error) in (RuntimeError, torch.AcceleratorError)
-    return told and any(text in str(error) for text in REFUSED)
 
 
 class Ladder(Protocol):

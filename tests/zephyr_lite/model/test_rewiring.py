@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from random_bases import ADAPTERS, BASES, CPU, documents, policy_on, random_model
 
 from zephyr_lite.errors import MachineError
-from zephyr_lite.model.adapters import activate, set_dropout
+from zephyr_lite.model.adapters import activate, add_adapter, set_dropout
 from zephyr_lite.model.attention import to_device
 from zephyr_lite.model.engines import Engine, make_engine
 from zephyr_lite.model.native import NativeEngine
+from zephyr_lite.recipe import Lora
 
 LAYOUT = to_device(documents(12, 3, 9), CPU)
 QUERIES = "model.layers.1.self_attn.q_proj"
@@ -170,7 +171,11 @@ def test_the_report_names_what_runs_where(load_tiny: Callable) -> None:
         "down of 4 layers: float32, joined in place, sft r 4, dpo r 3",
     ]
     nf4 = NativeEngine(load_tiny(), torch.float32).report()
-    assert all("nf4, dequantised to float32" in line for line in nf4[1:])
+    assert all(line.endswith("nf4, dequantised to float32") for line in nf4[1:])
+    model = add_adapter(load_tiny(), "dpo", Lora(r=4), seed=0)
+    for gemm, way in (("exact", "in its border"), ("fp16acc", "added to its products")):
+        adapted = NativeEngine(model, torch.float32, gemm=gemm).report()
+        assert all(line.endswith(f", {way}") for line in adapted[1:]), adapted
     copied = NativeEngine(bare(), torch.bfloat16).report()
     assert copied[1] == "qkv of 4 layers: bfloat16, a copy"
 

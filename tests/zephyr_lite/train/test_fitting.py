@@ -16,10 +16,10 @@ import torch
 from job_files import lines, newest, weights
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from zephyr_lite.errors import MachineError, Stopped
+from zephyr_lite.errors import MachineError, Stopped, is_out_of_memory
 from zephyr_lite.model.engines import make_engine
 from zephyr_lite.storage import seal
-from zephyr_lite.train.fitting import PolicyLadder, is_out_of_memory
+from zephyr_lite.train.fitting import PolicyLadder
 from zephyr_lite.train.loop import Job
 
 
